@@ -1,0 +1,120 @@
+"""Which implementation answers for these tensors, and why the others do not.
+
+Every family (`evakernels/ops/<family>/`) keeps its implementations as sibling modules with the same function
+names: `reference` (plain PyTorch, any device: the oracle), `cpu` (PyTorch's own fused CPU kernels composed),
+`triton` and `cuda`. A module may define `refuses(op, *args)`, which returns None or the sentence that says why
+it cannot serve this call.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+
+FAMILIES = ("attention", "norm", "swiglu", "tokens", "lamb", "contrastive")
+# In order of preference. What is emulated on a CPU answers to `using` alone, so "cuda" is not in the CPU's list.
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+IMPLEMENTATIONS = ("cuda", "triton", "cpu", "reference")
+
+library = torch.library.Library("evakernels", "DEF")
+
+_forced: str | None = None
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Make one implementation answer for every call, or raise; process-wide, backward passes included.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    global _forced
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"using({name!r}): choose one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cache
+def implementation(family: str, name: str) -> ModuleType | str:
+    """The module that implements a family in one way, or the sentence that says why there is none."""
+    path = f"evakernels.ops.{family}.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name == path:
+            return f"this version of evakernels has no {name} implementation of {family}"
+        return f"it needs the Python package {error.name!r}, which is not installed"
+
+
+def refusal(family: str, name: str, op: str, args: tuple) -> str | None:
+    """Why one implementation cannot serve this call, in a sentence; None when it can."""
+    module = implementation(family, name)
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, op):
+        return f"it does not implement {op}"
+    refuses = getattr(module, "refuses", None)
+    return refuses(op, *args) if refuses else None
+
+
+def choose(family: str, op: str, args: tuple) -> ModuleType:
+    """The module that serves this call; the error lists every implementation with its reason to decline."""
+    preferred = (_forced,) if _forced else PREFERENCE.get(device_type(args), ("reference",))
+    for name in preferred:
+        if refusal(family, name, op, args) is None:
+            return implementation(family, name)  # type: ignore[return-value]
+    reasons = "\n".join(
+        f"  {name}: {refusal(family, name, op, args) or 'can serve, but was not asked'}" for name in IMPLEMENTATIONS
+    )
+    asked = f'using("{_forced}") asked for {_forced} alone' if _forced else f"tried {', '.join(preferred)}"
+    raise NotImplementedError(
+        f"no implementation of evakernels::{op} serves this call ({asked}):\n{reasons}\n"
+        "Run `python -m evakernels` to see what works on this machine and how to get the rest."
+    )
+
+
+def device_type(args: tuple) -> str:
+    """The device of the first tensor (or tensor list, or device) among an op's arguments."""
+    for arg in args:
+        if isinstance(arg, list | tuple) and arg:
+            arg = arg[0]
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type
+        if isinstance(arg, torch.device):
+            return arg.type
+    return "cpu"
+
+
+def define(family: str, schema: str, fake: Callable) -> Callable:
+    """Register `torch.ops.evakernels.<op>`: schema, fake, and an implementation that asks `choose` at run time.
+
+    Autocast is off inside: an implementation decides its dtypes itself. Schemas carry no defaults, because
+    the dispatcher drops arguments that equal them.
+    """
+    op = schema.split("(", 1)[0]
+    takes = len(inspect.signature(fake).parameters)
+
+    def run(*args):
+        assert len(args) == takes, f"{op} takes {takes} arguments"
+        device = device_type(args)
+        serve = getattr(choose(family, op, args), op)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return serve(*args)
+        return serve(*args)
+
+    library.define(schema)
+    library.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"evakernels::{op}", fake, lib=library)
+    return getattr(torch.ops.evakernels, op).default
