@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors here are small, and tests may run side by side
+
 if torch.version.cuda is None:
     # torchvision's wheel registers fake kernels for two operators of a CUDA library that cannot load here, and
     # fails to import where they are undeclared; timm and open_clip, our peers in tests, import it.

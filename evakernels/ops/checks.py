@@ -14,9 +14,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype an output takes: autocast's where autocast is on, else that of `x`. float64 stays."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; "meta" has none, and torch raises when asked."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

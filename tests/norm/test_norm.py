@@ -11,6 +11,8 @@ import evakernels as ek
 
 OPS = torch.ops.evakernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The implementations that run on any CPU, and whether RMSNorm is asked of them.
+SERVES = pytest.mark.parametrize(("implementation", "rms"), [("reference", False), ("reference", True), ("cpu", False)])
 
 
 def rows(*shape, dtype=torch.float64, seed=0, grad=True):
@@ -28,10 +30,10 @@ def ours(x, weight, bias, rms, eps=1e-6):
     return ek.rms_norm(x, weight, eps) if rms else ek.layer_norm(x, weight, bias, eps)
 
 
-@pytest.mark.parametrize("rms", [False, True])
+@SERVES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", ROW_LENGTHS)
-def test_is_as_exact_as_pytorch(channels, dtype, rms):
+def test_is_as_exact_as_pytorch(channels, dtype, implementation, rms):
     inputs = [
         rows(6, channels, dtype=dtype),
         rows(channels, dtype=dtype, seed=1),
@@ -45,7 +47,9 @@ def test_is_as_exact_as_pytorch(channels, dtype, rms):
         y.backward(dy.to(y.dtype))
         return [y.detach(), x.grad, weight.grad] + ([] if rms else [bias.grad])
 
-    actual, peer, oracle = run(ours, dtype), run(by_torch, dtype), run(by_torch, torch.float64)
+    peer, oracle = run(by_torch, dtype), run(by_torch, torch.float64)
+    with ek.using(implementation):
+        actual = run(ours, dtype)
     for name, a, p, o in zip(("y", "dx", "dweight", "dbias"), actual, peer, oracle, strict=False):
         factor = numerics.OUTPUTS if name == "y" else numerics.GRADIENTS
         numerics.assert_as_exact_as(a, p, o, factor, name)
@@ -53,18 +57,18 @@ def test_is_as_exact_as_pytorch(channels, dtype, rms):
 
 @pytest.mark.parametrize("layer_scale", [False, True])
 @pytest.mark.parametrize("row_scale", [False, True])
-@pytest.mark.parametrize("rms", [False, True])
+@SERVES
 @pytest.mark.parametrize("function", [ek.add_norm, ek.norm_add])
-def test_residual_step_is_its_formula_with_its_gradient(function, rms, row_scale, layer_scale):
+def test_residual_step_is_its_formula_with_its_gradient(function, implementation, rms, row_scale, layer_scale):
     residual, branch = rows(3, 4, 7), rows(3, 4, 7, seed=1)
     weight, bias = rows(7, seed=2), None if rms else rows(7, seed=3)
     layer = rows(7, seed=4) if layer_scale else None
     keep = torch.tensor([0.0, 1.25, 1.25]) if row_scale else None
 
-    def call(residual, branch, weight, layer):
+    def call(residual, branch, weight, layer, bias):
         return function(residual, branch, weight, bias, eps=1e-5, rms=rms, layer_scale=layer, row_scale=keep)
 
-    def formula(residual, branch, weight, layer):
+    def formula(residual, branch, weight, layer, bias):
         def scaled(x):
             x = x if layer is None else x * layer
             return x if keep is None else x * keep.double()[:, None, None]
@@ -74,16 +78,76 @@ def test_residual_step_is_its_formula_with_its_gradient(function, rms, row_scale
         total = residual + scaled(branch)
         return total, by_torch(total, weight, bias, rms, 1e-5)
 
-    arguments = (residual, branch, weight, layer)
-    torch.testing.assert_close(call(*arguments), formula(*arguments))
-    assert torch.autograd.gradcheck(call, arguments)
+    arguments = (residual, branch, weight, layer, bias)
+    with ek.using(implementation):
+        torch.testing.assert_close(call(*arguments), formula(*arguments))
+        assert torch.autograd.gradcheck(call, arguments)
+        if bias is not None and layer_scale:
+            assert torch.autograd.gradcheck(call, (*arguments[:-1], None))
 
 
-def test_gradients_of_layer_and_rms_norm():
+@SERVES
+def test_gradients_of_layer_and_rms_norm(implementation, rms):
     x, weight, bias = rows(2, 3, 5), rows(5, seed=1), rows(5, seed=2)
-    assert torch.autograd.gradcheck(ek.layer_norm, (x, weight, bias))
-    assert torch.autograd.gradcheck(ek.layer_norm, (x, weight))
-    assert torch.autograd.gradcheck(ek.rms_norm, (x, weight))
+    with ek.using(implementation):
+        if rms:
+            assert torch.autograd.gradcheck(ek.rms_norm, (x, weight))
+        else:
+            assert torch.autograd.gradcheck(ek.layer_norm, (x, weight, bias))
+            assert torch.autograd.gradcheck(ek.layer_norm, (x, weight))
+
+
+def test_rms_norm_on_the_cpu_falls_back_to_the_reference():
+    with ek.using("cpu"), pytest.raises(NotImplementedError, match="cpu: PyTorch has no fused RMSNorm on the CPU"):
+        ek.rms_norm(rows(2, 5), rows(5))
+    x, weight = rows(2, 5), rows(5, seed=1)
+    loss = ek.norm_add(x, x, weight, eps=1e-6, rms=True, layer_scale=weight).sum()
+    total, y = ek.add_norm(x, x, weight, eps=1e-6, rms=True, layer_scale=weight)
+    assert all(g.any() for g in torch.autograd.grad(loss + total.sum() + y.square().sum(), (x, weight)))
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "branch_dtype"), [*zip(DTYPES, DTYPES, strict=True), (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("function", [ek.add_norm, ek.norm_add])
+@SERVES
+def test_residual_step_is_as_exact_as_pytorch_in_float32(
+    function, implementation, rms, dtype, branch_dtype, layer_scale
+):
+    """PyTorch's peer of a pass that rounds nothing between load and store is its own norm in float32."""
+    inputs = [rows(3, 5, 770, dtype=dtype), rows(3, 5, 770, dtype=branch_dtype, seed=1)]
+    inputs += [rows(770, dtype=dtype, seed=s) for s in (2, 3, 4)]
+    keep = torch.tensor([0.0, 1.25, 1.25])
+    dy = rows(3, 5, 770, dtype=dtype, seed=5, grad=False)
+
+    def run(function, dtype, out):
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+        residual, branch, weight, bias, layer = leaves
+        results = function(residual, branch, weight, None if rms else bias, layer if layer_scale else None, out)
+        torch.autograd.backward(results, [dy.to(y.dtype) for y in results])
+        return [y.detach() for y in results], [t.grad for t in leaves if t.grad is not None]
+
+    def called(residual, branch, weight, bias, layer, _):
+        out = function(residual, branch, weight, bias, eps=1e-6, rms=rms, layer_scale=layer, row_scale=keep)
+        return out if isinstance(out, tuple) else (out,)
+
+    def composed(residual, branch, weight, bias, layer, out):
+        def scaled(x):
+            return (x if layer is None else x * layer) * keep.to(x.dtype)[:, None, None]
+
+        if function is ek.norm_add:
+            return ((residual + scaled(by_torch(branch, weight, bias, rms))).to(out),)
+        # The sum is an output and an input of the norm: rounded once, as it is stored.
+        total = (residual + scaled(branch)).to(out)
+        return total, by_torch(total.to(residual.dtype), weight, bias, rms).to(out)
+
+    peer, oracle = run(composed, torch.float32, dtype), run(composed, torch.float64, torch.float64)
+    with ek.using(implementation):
+        actual = run(called, None, dtype)
+    for factor, *triples in zip((numerics.OUTPUTS, numerics.GRADIENTS), actual, peer, oracle, strict=True):
+        for place, (a, p, o) in enumerate(zip(*triples, strict=True)):
+            numerics.assert_as_exact_as(a, p, o, factor, f"{'output' if factor == 2 else 'gradient'} {place}")
 
 
 def test_second_derivative_raises():
@@ -93,10 +157,14 @@ def test_second_derivative_raises():
         dx.sum().backward()
 
 
-@pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize("layer_scale", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ops_pass_opcheck(rms, layer_scale, dtype):
+@SERVES
+@pytest.mark.parametrize(("dtype", "layer_scale"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_ops_pass_opcheck(implementation, rms, dtype, layer_scale):
+    with ek.using(implementation):
+        pass_opcheck(rms, layer_scale, dtype)
+
+
+def pass_opcheck(rms, layer_scale, dtype):
     x, y = (rows(2, 3, 8, dtype=dtype, seed=s, grad=False) for s in (0, 1))
     weight, bias = (
         rows(8, dtype=torch.float32, grad=False),
@@ -178,3 +246,35 @@ def test_errors_say_what_was_given_and_what_is_allowed(arguments, error, sentenc
 def test_rms_refuses_a_bias():
     with pytest.raises(ValueError, match="RMSNorm has no bias"):
         ek.add_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), torch.ones(4), eps=1e-6, rms=True)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("rms", [False, True])
+def test_outputs_are_contiguous_for_permuted_inputs(rms, implementation):
+    if rms and implementation == "cpu":
+        pytest.skip("PyTorch has no fused RMSNorm on the CPU")
+    x, y = (rows(8, 3, 2, dtype=torch.float32, seed=s, grad=False).transpose(0, 2) for s in (0, 1))
+    weight, keep = torch.ones(8), torch.tensor([0.0, 2.0])
+    with ek.using(implementation):
+        _, mean, rstd = OPS.norm(x, weight, None, 1e-6, rms, torch.float32)
+        outputs = [
+            *OPS.norm(x, weight, None, 1e-6, rms, torch.float32),
+            *OPS.norm_backward(y, x, weight, mean, rstd, False),
+            *OPS.add_norm(x, y, weight, None, 1e-6, rms, weight, keep, torch.float32),
+            *OPS.add_norm_backward(y, y, x, y, weight, mean, rstd, weight, keep, False, torch.float32),
+            *OPS.norm_add(x, y, weight, None, 1e-6, rms, weight, keep),
+            *OPS.norm_add_backward(y, x, weight, None, mean, rstd, weight, keep),
+        ]
+    assert all(output.is_contiguous() for output in outputs)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_output_of_add_norm_may_go_unused(used):
+    inputs = [rows(2, 3, 5), rows(2, 3, 5, seed=1), rows(5, seed=2)]
+    residual, branch, weight = inputs
+    total = residual + branch
+    expected = (total, by_torch(total, weight, None, rms=True))[used]
+    actual = ek.add_norm(residual, branch, weight, eps=1e-6, rms=True)[used]
+    wanted = torch.autograd.grad(expected.sin().sum(), inputs, allow_unused=True)
+    for a, b in zip(torch.autograd.grad(actual.sin().sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)

@@ -167,12 +167,14 @@ class _AddNorm(torch.autograd.Function):
         kept = branch if layer_scale is not None else None
         ctx.save_for_backward(total, kept, weight, mean, rstd, layer_scale, row_scale)
         ctx.bias, ctx.branch_dtype = bias is not None, branch.dtype
+        ctx.set_materialize_grads(False)  # the sum of the last block is not used any more: no zeros for it
         return total, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dsum, dy):
         total, branch, weight, mean, rstd, layer_scale, row_scale = ctx.saved_tensors
+        dy = torch.zeros_like(total) if dy is None else dy
         dresidual, dbranch, dweight, dbias, dscale = _add_norm_backward(
             dsum, dy, total, branch, weight, mean, rstd, layer_scale, row_scale, ctx.bias, ctx.branch_dtype
         )

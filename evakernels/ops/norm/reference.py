@@ -19,7 +19,7 @@ from evakernels.ops.checks import accumulator
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, dtype: torch.dtype):
     acc = accumulator(x.dtype)
-    wide = x.to(acc)
+    wide = _wide(x, acc)
     if rms:
         mean = wide.new_empty(0)
         rstd = (wide.square().mean(-1) + eps).rsqrt()
@@ -34,26 +34,26 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, 
 
 def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool):
     acc = accumulator(x.dtype)
-    dx, dweight, dbias = _backward(dy.to(acc), x.to(acc), weight.to(acc), mean, rstd)
+    dx, dweight, dbias = _backward(_wide(dy, acc), _wide(x, acc), weight.to(acc), mean, rstd)
     return dx.to(x.dtype), dweight.to(weight.dtype), _dbias(dbias, weight, bias)
 
 
 def add_norm(residual, branch, weight, bias, eps, rms, layer_scale, row_scale, dtype):
     acc = accumulator(residual.dtype)
-    total = (residual.to(acc) + _scaled(branch.to(acc), layer_scale, row_scale)).to(residual.dtype)
+    total = (_wide(residual, acc) + _scaled(_wide(branch, acc), layer_scale, row_scale)).to(residual.dtype)
     return total, *norm(total, weight, bias, eps, rms, dtype)
 
 
 def add_norm_backward(dsum, dy, total, branch, weight, mean, rstd, layer_scale, row_scale, bias, branch_dtype):
     acc = accumulator(total.dtype)
-    dx, dweight, dbias = _backward(dy.to(acc), total.to(acc), weight.to(acc), mean, rstd)
+    dx, dweight, dbias = _backward(_wide(dy, acc), _wide(total, acc), weight.to(acc), mean, rstd)
     if dsum is not None:
-        dx = dx + dsum.to(acc)
+        dx = dx + _wide(dsum, acc)
     dbranch, dscale = dx, dx.new_empty(0)
     if row_scale is not None:
         dbranch = dbranch * _rows(row_scale, dx)
     if layer_scale is not None:
-        dscale = _over_rows(dbranch * branch.to(acc)).to(layer_scale.dtype)
+        dscale = _over_rows(dbranch * _wide(branch, acc)).to(layer_scale.dtype)
         dbranch = dbranch * layer_scale.to(acc)
     return (
         dx.to(total.dtype, copy=dbranch is dx),
@@ -67,14 +67,14 @@ def add_norm_backward(dsum, dy, total, branch, weight, mean, rstd, layer_scale, 
 def norm_add(residual, branch, weight, bias, eps, rms, layer_scale, row_scale):
     acc = accumulator(residual.dtype)
     y, mean, rstd = norm(branch, weight, bias, eps, rms, accumulator(branch.dtype))
-    out = residual.to(acc) + _scaled(y.to(acc), layer_scale, row_scale)
+    out = _wide(residual, acc) + _scaled(y.to(acc), layer_scale, row_scale)
     return out.to(residual.dtype), mean, rstd
 
 
 def norm_add_backward(dout, branch, weight, bias, mean, rstd, layer_scale, row_scale):
     acc = accumulator(branch.dtype)
-    dy = dout.to(acc)
-    wide = branch.to(acc)
+    dy = _wide(dout, acc)
+    wide = _wide(branch, acc)
     dscale = dy.new_empty(0)
     if row_scale is not None:
         dy = dy * _rows(row_scale, dy)
@@ -86,6 +86,10 @@ def norm_add_backward(dout, branch, weight, bias, mean, rstd, layer_scale, row_s
         dy = dy * layer_scale.to(acc)
     dx, dweight, dbias = _backward(dy, wide, weight.to(acc), mean, rstd)
     return dx.to(branch.dtype), dweight.to(weight.dtype), _dbias(dbias, weight, bias is not None), dscale
+
+
+def _wide(x: Tensor, acc: torch.dtype) -> Tensor:
+    return x.to(acc).contiguous()  # so that every result is contiguous, whatever the strides of the input
 
 
 def _normed(wide: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

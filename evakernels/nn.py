@@ -1,0 +1,249 @@
+"""Modules with the state-dict keys of the field, computed by this package's functions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evakernels.ops.attention import Rope2d, attention_qkvpacked
+from evakernels.ops.contrastive import contrastive_loss
+from evakernels.ops.norm import layer_norm, rms_norm
+from evakernels.ops.swiglu import swiglu_norm_packed
+from evakernels.ops.tokens import gather_tokens, sample_kept_tokens
+
+__all__ = ["Attention", "ClipLoss", "LayerNorm", "RMSNorm", "SwiGLU", "TokenDrop"]
+
+ALIGNMENT = 8  # elements: 16 bytes in half precision, which matrix products want their rows to be multiples of
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last dimension, by `evakernels.layer_norm`.
+
+    Args:
+        normalized_shape: C, or (C,).
+        eps: added to the variance.
+        bias: whether there is one.
+
+    Raises:
+        ValueError: `normalized_shape` names more than the last dimension.
+    """
+
+    def __init__(self, normalized_shape: int | tuple[int, ...], eps: float = 1e-6, bias: bool = True) -> None:
+        super().__init__(normalized_shape, eps=eps, bias=bias)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"nn.LayerNorm: normalized_shape is {tuple(self.normalized_shape)}; only the last dimension can be"
+                " normalised: pass its size"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C) over C."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` over the last dimension, by `evakernels.rms_norm`.
+
+    Args:
+        dim: C.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C) over C."""
+        return rms_norm(x, self.weight, self.eps)  # type: ignore[arg-type]  # never None here
+
+
+class SwiGLU(nn.Module):
+    """EVA-02's MLP: w3(ffn_ln(silu(w1 x) * w2 x)), w1 and w2 run as one matrix product.
+
+    Keys: `w1`, `w2`, `w3` (`.weight`, `.bias`) and, with `norm`, `ffn_ln` (`.weight`, `.bias`). Parameters keep their
+    published shapes; at the call they are padded with zeros to a multiple of 8, so that a width of 2730 runs aligned.
+
+    Args:
+        in_features: C.
+        hidden_features: F.
+        out_features: C where None.
+        norm: whether a LayerNorm follows the product.
+        eps: of that LayerNorm.
+
+    Source: Fang et al., EVA-02, arXiv 2303.11331, section 2.1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        norm: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(in_features, hidden_features)
+        self.w2 = nn.Linear(in_features, hidden_features)
+        self.ffn_ln = LayerNorm(hidden_features, eps=eps) if norm else None
+        self.w3 = nn.Linear(hidden_features, in_features if out_features is None else out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., out_features)."""
+        w1, w2, w3, width = self.w1, self.w2, self.w3.weight, self.w1.out_features
+        zeros = w1.weight.new_zeros(-width % ALIGNMENT, w1.in_features)
+        weight = torch.cat([w1.weight, zeros, w2.weight, zeros])
+        bias = torch.cat([w1.bias, zeros[:, 0], w2.bias, zeros[:, 0]])
+        if len(zeros):
+            w3 = F.pad(w3, (0, len(zeros)))
+        norm = (self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps) if self.ffn_ln is not None else (None, None)
+        hidden = swiglu_norm_packed(F.linear(x, weight, bias), *norm, width=width)
+        return F.linear(hidden, w3, self.w3.bias)
+
+
+class Attention(nn.Module):
+    """EVA's self-attention; q, k and v come from one matrix product, whichever way their weights are stored.
+
+    Keys: `qkv.weight` when fused, else `q_proj.weight`, `k_proj.weight`, `v_proj.weight`; `q_bias` and `v_bias` with
+    `qkv_bias` (k has none); `inner_attn_ln` (`.weight`, `.bias`) with `inner_norm`; `proj` (`.weight`, `.bias`).
+
+    Args:
+        dim: C, a multiple of `num_heads`; C / num_heads from 32 to 128 in steps of 8.
+        num_heads: H.
+        qkv_fused: whether q, k and v are stored as one weight (EVA-01) or as three (EVA-02).
+        qkv_bias: whether q and v have a bias.
+        inner_norm: whether a LayerNorm comes before the output projection.
+        rope: the rotary embedding of q and k; one module may serve every block.
+        causal: token n sees tokens 0 to n.
+        eps: of the inner LayerNorm.
+
+    Raises:
+        ValueError: `dim` is no multiple of `num_heads`.
+
+    Source: Sun et al., EVA-CLIP, arXiv 2303.15389; Fang et al., EVA-02, arXiv 2303.11331.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_fused: bool,
+        qkv_bias: bool,
+        inner_norm: bool,
+        rope: Rope2d | None = None,
+        causal: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"nn.Attention: dim is {dim} and num_heads {num_heads}; dim must be a multiple of it")
+        self.num_heads, self.qkv_fused, self.causal = num_heads, qkv_fused, causal
+        if qkv_fused:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) if qkv_bias else None for _ in range(2))
+        self.inner_attn_ln = LayerNorm(dim, eps=eps) if inner_norm else None
+        self.proj = nn.Linear(dim, dim)
+        self.rope = rope
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Attend within each sample of (B, N, C).
+
+        `positions` (B, N - P) are the patch ids of the tokens after the prefix, under token dropping; without a rotary
+        embedding a token's place is of no account, and neither are they.
+        """
+        if self.qkv_fused:
+            weight = self.qkv.weight
+        else:
+            weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        positions = None if self.rope is None else positions
+        y = attention_qkvpacked(qkv, rope=self.rope, positions=positions, causal=self.causal).flatten(2)
+        return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
+
+
+class TokenDrop(nn.Module):
+    """Drop a share of the patch tokens in training (FLIP, EVA's PatchDropout); it has no parameters.
+
+    Args:
+        rate: the share of patches to drop, 0 <= rate < 1; max(1, int(patches * (1 - rate))) are kept.
+        prefix_tokens: P, the tokens in front that are always kept.
+
+    Raises:
+        ValueError: `rate` is out of its range.
+
+    Source: Li et al., Scaling Language-Image Pre-training via Masking (FLIP), arXiv 2212.00794.
+    """
+
+    def __init__(self, rate: float, prefix_tokens: int = 1) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"nn.TokenDrop: rate is {rate}; allowed is 0 <= rate < 1")
+        self.rate, self.prefix_tokens = rate, prefix_tokens
+
+    def forward(self, x: Tensor, *, seed: int, offset: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drop from (B, P + patches, C); returns what is left and, ascending, the (B, K) int16 ids of its patches.
+
+        In eval mode, or with rate 0, x and None. `seed` and `offset` are those of `sample_kept_tokens`; a new step
+        needs a new offset (the number of samples seen) or seed.
+        """
+        if not self.training or self.rate == 0:
+            return x, None
+        patches = x.shape[1] - self.prefix_tokens
+        keep = max(1, int(patches * (1 - self.rate)))
+        kept = sample_kept_tokens(x.shape[0], patches, keep, seed=seed, offset=offset, device=x.device)
+        return gather_tokens(x, kept, prefix_tokens=self.prefix_tokens), kept
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, prefix_tokens={self.prefix_tokens}"
+
+
+class ClipLoss(nn.Module):
+    """open_clip's `ClipLoss`, by `evakernels.contrastive_loss`; for one process.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, use_horovod: accepted as open_clip's; without effect in one
+            process.
+        world_size: 1.
+
+    Raises:
+        NotImplementedError: `world_size` is above 1.
+
+    Source: Radford et al., arXiv 2103.00020; github.com/mlfoundations/open_clip, `open_clip.loss.ClipLoss`.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(
+                f"nn.ClipLoss: world_size is {world_size}; this version computes the loss of one process: pass 1, or"
+                " keep open_clip's ClipLoss"
+            )
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of (b, D) features, or {"contrastive_loss": loss}.
+
+        `logit_bias`, the same for all logits, changes neither the loss nor a gradient; it gets none.
+        """
+        loss = contrastive_loss(image_features, text_features, logit_scale)[0]
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -1,0 +1,209 @@
+"""The modules: the field's keys, and the mathematics of PyTorch's, timm's and open_clip's own."""
+
+import copy
+from functools import partial
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from timm.models.eva import EvaAttention
+
+import evakernels as ek
+
+ROUNDING = {"rtol": 1e-11, "atol": 1e-11}  # of float64, where only the order of operations may differ
+
+
+def normal(*shape, seed=0, grad=True):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_(grad)
+
+
+def scrambled(module):
+    """The module in float64 with every parameter random: no weight of one or bias of zero hides an error."""
+    module = module.double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed + 100) / parameter.shape[-1] ** 0.5 + 0.1)
+    return module
+
+
+def shapes(module):
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def assert_same(ours, peer, x, renamed=lambda name: name, positions=(), peer_arguments=None):
+    """Same output and same gradients, of the input and of every parameter that has the peer's (renamed) key."""
+    y, expected = ours(x, *positions), peer(x, **(peer_arguments or {}))
+    torch.testing.assert_close(y, expected, **ROUNDING)
+    dy = normal(*y.shape, seed=9, grad=False)
+
+    def gradients(module, out):
+        leaves = {"x": x, **dict(module.named_parameters())}
+        return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), dy), strict=True))
+
+    found, wanted = gradients(ours, y), gradients(peer, expected)
+    assert {renamed(name) for name in found} == set(wanted)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[renamed(name)], **ROUNDING, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norm_is_pytorchs(bias):
+    ours, peer = scrambled(ek.nn.LayerNorm(12, bias=bias)), torch.nn.LayerNorm(12, eps=1e-6, bias=bias).double()
+    peer.load_state_dict(ours.state_dict())
+    assert_same(ours, peer, normal(2, 3, 12))
+    assert isinstance(ours, torch.nn.LayerNorm) and ours.eps == 1e-6
+
+
+def test_rms_norm_is_pytorchs():
+    ours, peer = scrambled(ek.nn.RMSNorm(12, eps=1e-5)), torch.nn.RMSNorm(12, eps=1e-5).double()
+    peer.load_state_dict(ours.state_dict())
+    assert_same(ours, peer, normal(2, 3, 12))
+    assert ek.nn.RMSNorm(12).eps == 1e-6
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("hidden", [16, 21])
+def test_swiglu_is_timms_under_evas_keys(hidden, norm):
+    ours = scrambled(ek.nn.SwiGLU(12, hidden, 10, norm=norm, eps=1e-5))
+    linear = {f"w{n}.bias": (hidden,) for n in (1, 2)} | {f"w{n}.weight": (hidden, 12) for n in (1, 2)}
+    linear |= {"w3.weight": (10, hidden), "w3.bias": (10,)}
+    assert shapes(ours) == linear | ({"ffn_ln.weight": (hidden,), "ffn_ln.bias": (hidden,)} if norm else {})
+    names = {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2", "ffn_ln": "norm"}
+
+    def renamed(name):
+        first, _, rest = name.partition(".")
+        return f"{names.get(first, first)}.{rest}" if rest else name
+
+    norm_layer = partial(torch.nn.LayerNorm, eps=1e-5) if norm else None
+    peer = timm.layers.SwiGLU(12, hidden, 10, norm_layer=norm_layer).double()
+    peer.load_state_dict({renamed(name): tensor for name, tensor in ours.state_dict().items()})
+    assert_same(ours, peer, normal(2, 3, 12), renamed)
+    assert ek.nn.SwiGLU(12, 16).w3.out_features == 12
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inner_norm", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_attention_is_timms_under_evas_keys(fused, bias, inner_norm, rotated):
+    rope = ek.Rope2d((2, 3), 32) if rotated else None
+    ours = ek.nn.Attention(64, 2, qkv_fused=fused, qkv_bias=bias, inner_norm=inner_norm, rope=rope, eps=1e-5)
+    weights = {"qkv.weight": (192, 64)} if fused else {f"{n}_proj.weight": (64, 64) for n in "qkv"}
+    weights |= {"q_bias": (64,), "v_bias": (64,)} if bias else {}
+    weights |= {"inner_attn_ln.weight": (64,), "inner_attn_ln.bias": (64,)} if inner_norm else {}
+    assert shapes(ours) == weights | {"proj.weight": (64, 64), "proj.bias": (64,)}
+
+    def renamed(name):
+        if not fused:
+            name = {"q_bias": "q_proj.bias", "v_bias": "v_proj.bias"}.get(name, name)
+        return name.replace("inner_attn_ln", "norm")
+
+    norm_layer = partial(torch.nn.LayerNorm, eps=1e-5) if inner_norm else None
+    peer = EvaAttention(64, 2, qkv_bias=bias, qkv_fused=fused, norm_layer=norm_layer, scale_norm=inner_norm).double()
+    ours = scrambled(ours)
+    peer.load_state_dict({renamed(name): tensor for name, tensor in ours.state_dict().items()})
+    if not rotated:
+        return assert_same(ours, peer, normal(2, 7, 64), renamed)
+    # timm's table: the sines, then the cosines, of each token, each twice for the two channels of a pair.
+    kept = torch.tensor([[5, 0, 2], [1, 3, 4]])
+    angles = torch.cat([rope.row_table[kept // 3], rope.column_table[kept % 3]], 2).double().repeat_interleave(2, 2)
+    table = torch.cat([angles[..., 1], angles[..., 0]], -1)[:, None]
+    assert_same(ours, peer, normal(2, 4, 64), renamed, [kept], {"rope": table})
+
+
+def test_causal_attention_does_not_look_ahead():
+    module = scrambled(ek.nn.Attention(64, 2, qkv_fused=True, qkv_bias=True, inner_norm=False, causal=True))
+    x = normal(1, 5, 64, grad=False)
+    torch.testing.assert_close(module(x)[:, :3], module(x[:, :3]), **ROUNDING)
+
+
+def test_one_rope_may_serve_every_block_and_has_no_keys():
+    rope = ek.Rope2d(2, 32)
+    blocks = torch.nn.ModuleList(
+        ek.nn.Attention(32, 1, qkv_fused=False, qkv_bias=True, inner_norm=True, rope=rope) for _ in range(2)
+    )
+    assert blocks[0].rope is blocks[1].rope and not any("rope" in key for key in blocks.state_dict())
+    assert copy.deepcopy(blocks)[0].rope is not rope
+
+
+@pytest.mark.parametrize(("rate", "keep"), [(0.5, 3), (0.4, 3), (0.3, 4), (0.99, 1)])
+def test_token_drop_keeps_the_drawn_patches_in_training_and_everything_in_eval(rate, keep):
+    drop, x = ek.nn.TokenDrop(rate, prefix_tokens=2), normal(3, 8, 4)
+    y, kept = drop(x, seed=1, offset=7)
+    assert torch.equal(kept, ek.sample_kept_tokens(3, 6, keep, seed=1, offset=7))
+    assert torch.equal(y, ek.gather_tokens(x, kept, prefix_tokens=2))
+    for module in (drop.eval(), ek.nn.TokenDrop(0.0)):
+        y, kept = module(x, seed=1, offset=7)
+        assert y is x and kept is None
+    assert not drop.state_dict()
+
+
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_clip_loss_is_open_clips(bias):
+    leaves = normal(7, 5), normal(7, 5, seed=1), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    features = *(F.normalize(x, dim=-1) for x in leaves[:2]), leaves[2]
+    losses = [loss(*features, bias) for loss in (ek.nn.ClipLoss(), ClipLoss())]
+    torch.testing.assert_close(*losses, **ROUNDING)
+    gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses]
+    torch.testing.assert_close(*gradients, **ROUNDING)
+    # Positions and names of open_clip's constructor, and its other way to return.
+    ours = ek.nn.ClipLoss(True, True, cache_labels=True, rank=0, world_size=1, use_horovod=False)
+    assert list(ours(*features, output_dict=True)) == ["contrastive_loss"]
+    assert torch.equal(ours(*features, output_dict=True)["contrastive_loss"], losses[0])
+
+
+class Block(torch.nn.Module):
+    """Everything in the order in which a tower uses it."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.norm1, self.norm2 = ek.nn.TokenDrop(0.5), ek.nn.LayerNorm(32), ek.nn.RMSNorm(32)
+        rope = ek.Rope2d(2, 32)
+        self.attn = ek.nn.Attention(32, 1, qkv_fused=False, qkv_bias=True, inner_norm=True, rope=rope)
+        self.mlp, self.loss = ek.nn.SwiGLU(32, 21), ek.nn.ClipLoss()
+
+    def forward(self, x, offset):
+        x, kept = self.drop(x, seed=3, offset=offset)
+        x = x + self.attn(self.norm1(x), kept)
+        x = x + self.mlp(self.norm2(x))
+        return self.loss(F.normalize(x[:, 0], dim=-1), F.normalize(x[:, 1], dim=-1), 10.0)
+
+
+def test_compiled_equals_eager_forward_and_backward():
+    block, x, offset = scrambled(Block()), normal(4, 5, 32), torch.tensor([12])
+    inputs = [x, *block.parameters()]
+    eager = block(x, offset)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, offset)
+    torch.testing.assert_close(compiled, eager, **ROUNDING)
+    gradients = [torch.autograd.grad(loss, inputs) for loss in (compiled, eager)]
+    torch.testing.assert_close(*gradients, **ROUNDING)
+
+
+def test_autocast_runs_the_products_in_half_precision_and_keeps_float32_parameters():
+    block, x = Block(), normal(4, 5, 32).detach().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = block.mlp(block.norm1(x))
+        assert hidden.dtype == block.attn(block.norm2(x)).dtype == torch.bfloat16
+        block(x, 0).backward()
+    assert {p.grad.dtype for p in block.parameters()} == {torch.float32}
+    torch.testing.assert_close(hidden.float(), block.mlp(block.norm1(x)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: ek.nn.LayerNorm((3, 4)), ValueError, r"normalized_shape is \(3, 4\); only the last dimension"),
+        (
+            lambda: ek.nn.Attention(65, 2, qkv_fused=True, qkv_bias=True, inner_norm=False),
+            ValueError,
+            "dim is 65 and num_heads 2",
+        ),
+        (lambda: ek.nn.TokenDrop(1.0), ValueError, "rate is 1.0; allowed is 0 <= rate < 1"),
+        (lambda: ek.nn.ClipLoss(world_size=2), NotImplementedError, "world_size is 2; this version"),
+    ],
+)
+def test_errors_say_what_was_given_and_what_is_allowed(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call()
