@@ -1,0 +1,150 @@
+"""From image files to tensors, as CLIP was trained and tested, with Pillow alone."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaclip.data.common import extra
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+GRAY_MEAN, GRAY_STD = (0.5,), (0.5,)
+SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of the training crop: area, and width over height
+
+Mode = Literal["crop", "squash", "train"]
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the file."""
+
+
+def open_image(path: str | os.PathLike, channels: int = 3) -> "Image":
+    """Read a whole image file as RGB, or as grey with one channel.
+
+    Palettes, CMYK and 16 bits are converted; an alpha channel is dropped; the EXIF orientation is not applied, and
+    conversion comes before resizing: as open_clip's training pipeline does.
+
+    Raises:
+        ImageError: the file is missing, truncated or no image.
+        ImportError: Pillow is not installed.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.open(path) as image:
+            image.load()
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # the same colours, without Pillow's warning
+            return _converted(image, channels)
+    except Exception as error:  # Pillow's readers raise what they please on damaged files
+        reason = f"{type(error).__name__}: {error}".replace(f" {os.fspath(path)!r}", "")
+        raise ImageError(f"cannot read the image {os.fspath(path)}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """What `image_transform` returns: an image, and a random source in training, to a tensor."""
+
+    size: tuple[int, int]  # height, width
+    mode: Mode
+    channels: int
+
+    def __call__(self, image: "Image", random: np.random.Generator | None = None) -> Tensor:
+        """The image as (channels, H, W) float32; `random` is needed in mode "train", and unused in the others."""
+        image = _converted(image, self.channels)
+        if self.mode == "train":
+            if random is None:
+                raise ValueError('image_transform: mode "train" crops at random; pass a numpy Generator')
+            image = image.crop(random_crop(image.width, image.height, random))
+        height, width = self.size
+        inner = width, height
+        if self.mode == "crop":
+            inner = _cover(image.width, image.height, width, height)
+        if image.size != inner:
+            image = image.resize(inner, _pillow().Resampling.BICUBIC)
+        if inner != (width, height):
+            left, top = round((inner[0] - width) / 2), round((inner[1] - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        return _normalised(image)
+
+
+def image_transform(size: int | tuple[int, int], *, mode: Mode = "crop", channels: int = 3) -> ImageTransform:
+    """CLIP's preprocessing: to a tensor of `size`, normalised with CLIP's mean and standard deviation.
+
+    Args:
+        size: side, or height and width, in pixels.
+        mode: "crop" resizes the shorter side (bicubic, antialiased) and crops the centre; "squash" resizes to exactly
+            `size`; "train" cuts 90 to 100 % of the area at an aspect ratio of 3/4 to 4/3, resizes it, never flips.
+        channels: 3; or 1 for grey images, normalised with mean 0.5 and standard deviation 0.5.
+
+    Returns:
+        A callable `(image, random=None) -> (channels, H, W) float32`; `random` is a numpy Generator.
+
+    Raises:
+        ValueError: an argument is none of these.
+
+    Source: Radford et al., arXiv 2103.00020; the training crop is EVA-CLIP's, arXiv 2303.15389.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"image_transform: size is {size}; give at least one pixel each way")
+    if mode not in ("crop", "squash", "train"):
+        raise ValueError(f'image_transform: mode is {mode!r}; choose "crop", "squash" or "train"')
+    if channels not in _MODES:
+        raise ValueError(f"image_transform: channels is {channels}; choose 3 (RGB) or 1 (grey)")
+    return ImageTransform((height, width), mode, channels)
+
+
+def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """A random box (left, top, right, bottom) of `SCALE` of the area, its aspect ratio log-uniform in `RATIO`.
+
+    Source: Szegedy et al., arXiv 1409.4842, section 6.
+    """
+    for _ in range(10):
+        area = width * height * random.uniform(*SCALE)
+        ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # The image is too long for any such box: the centre, as wide or as high as the ratio allows.
+    w, h = width, height
+    if width < height * RATIO[0]:
+        h = round(width / RATIO[0])
+    elif width > height * RATIO[1]:
+        w = round(height * RATIO[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+_MODES = {3: "RGB", 1: "L"}
+
+
+def _pillow():
+    return extra("PIL.Image", "Pillow", "reading images")
+
+
+def _converted(image: "Image", channels: int) -> "Image":
+    return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+
+
+def _cover(width: int, height: int, target_width: int, target_height: int) -> tuple[int, int]:
+    """The smallest size of this aspect ratio that covers the target."""
+    if width * target_height <= height * target_width:
+        return target_width, int(target_width * height / width)
+    return int(target_height * width / height), target_height
+
+
+def _normalised(image: "Image") -> Tensor:
+    gray = image.mode == "L"
+    mean, std = (GRAY_MEAN, GRAY_STD) if gray else (MEAN, STD)
+    pixels = torch.from_numpy(np.array(image))
+    pixels = pixels[None] if gray else pixels.permute(2, 0, 1)
+    x = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return x.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
