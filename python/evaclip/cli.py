@@ -1,0 +1,168 @@
+"""The command line: evaclip train | eval | models."""
+
+import sys
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from evaclip.data.common import extra
+from evaclip.device import pick_device
+from evaclip.evaluate import TEMPLATES, load_templates, print_results, write_json
+from evaclip.evaluate.datasets import evaluate_digits, evaluate_images
+from evaclip.models import create_model, list_models
+from evaclip.recipes import recipe_files
+from evaclip.run import load
+from evaclip.train import checkpoint
+from evaclip.train.recipe import Recipe, RecipeError, load_recipe
+from evaclip.train.showcase import show_digits
+from evaclip.train.trainer import Trainer
+
+USAGE = """evaclip: train and evaluate EVA-CLIP models
+
+  evaclip train RECIPE [--help | --FIELD VALUE ...]   RECIPE: a name, a TOML file, or a run's folder to continue it
+  evaclip eval RUN [--data PATH] [--help]             zero-shot classification and retrieval of a trained model
+  evaclip models                                      the models, with their sizes
+
+recipes: {recipes}"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; errors that a user can mend are printed as one sentence."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": train, "eval": evaluate, "models": models}
+    if not arguments or arguments[0] not in commands:
+        print(USAGE.format(recipes=", ".join(recipe_files())))
+        asked_for_help = not arguments or arguments[0] in ("-h", "--help", "help")
+        if not asked_for_help:
+            print(f"\nevaclip: no command {arguments[0]!r}", file=sys.stderr)
+        return 0 if asked_for_help else 2
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
+        print(f"evaclip {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+def train(arguments: list[str]) -> int:
+    name, rest = _named(arguments)
+    run = Path(name) if name and name not in recipe_files() and (Path(name) / "recipe.json").is_file() else None
+    if run and (run / "model.safetensors").is_file():
+        raise RecipeError(
+            f"{run} is one checkpoint; `evaclip train {run.parent.parent}` continues its run from the newest one, so "
+            "move newer ones away to continue from this"
+        )
+    recipe = load_recipe(str(run / "recipe.json") if run else name) if name else Recipe()
+    recipe = _parse(Recipe, f"evaclip train {name or 'RECIPE'}", rest, recipe)
+    if not name:
+        raise RecipeError(f"which recipe? Known: {', '.join(recipe_files())}; or a TOML file, or a run's folder")
+    resume = run is not None and bool(checkpoint.checkpoints(run))
+    trainer = Trainer(recipe, run or Path(recipe.run.output) / recipe.name, resume=resume)
+    if not run:  # now that nothing can be wrong with the recipe any more
+        trainer.folder = claim_folder(Path(recipe.run.output), recipe.name)
+    folder = trainer.folder
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    start = f"continues at step {trainer.step}" if resume else "starts"
+    print(f"{recipe.model.name}, {parameters:,} parameters, on {trainer.device}; {folder} {start}", flush=True)
+    outcome = trainer.run()
+    if trainer.skipped:
+        print(f"{trainer.skipped} of {trainer.step} steps were skipped, see {folder / 'metrics.jsonl'}")
+    if outcome != "finished":
+        print(f"stopped: {outcome}. To continue: evaclip train {folder}")
+        return {"SIGINT": 130, "SIGTERM": 143}.get(outcome, 1)
+    if recipe.data.source == "digits":
+        show_digits(trainer.model, trainer.source.tokenizer, folder)
+    else:
+        print(f"trained {trainer.step} steps. Next: evaclip eval {folder} --data FOLDER")
+    return 0
+
+
+def claim_folder(output: Path, name: str) -> Path:
+    """Make <output>/<name>, or <name>-2, -3 ... where earlier runs stand: nothing is ever overwritten."""
+    for i in count(1):
+        folder = output / (name if i == 1 else f"{name}-{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
+def models(arguments: list[str]) -> int:
+    for name in list_models():
+        model = create_model(name, device="meta")
+        towers = (sum(p.numel() for p in tower.parameters()) for tower in (model.visual, model.text))
+        vision, text = model.config.vision, model.config.text
+        print(
+            "{:26s} {:>15,} + {:>11,} parameters   image {}, {} layers of {}; text {} layers of {}".format(
+                name, *towers, vision.image_size, vision.layers, vision.width, text.layers, text.width
+            )
+        )
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaclip eval RUN` can be told."""
+
+    data: str = "digits"
+    """"digits"; a folder with one subfolder of images per class; or images with captions (folder or CSV/TSV/JSONL)."""
+    task: Literal["auto", "classification", "retrieval"] = "auto"
+    """"auto": retrieval where there are captions, else classification."""
+    templates: Path | None = None
+    """Prompt templates for classification, one per line, with {} for the class name."""
+    resize: Literal["crop", "squash"] = "crop"
+    """Short side and centre crop, or both sides to the model's size."""
+    device: str = "auto"
+    """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"."""
+    batch_size: int = 64
+    """Images encoded at once."""
+    output: Path | None = None
+    """The JSON file; default: eval-<data>.json in the run's folder."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    name, rest = _named(arguments)
+    options = _parse(Evaluation, f"evaclip eval {name or 'RUN'}", rest, Evaluation())
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; at least 1")
+    if not name:
+        raise ValueError("which run? Give a folder that `evaclip train` wrote, or one of its checkpoints")
+    model, tokenizer, preprocess = load(name, device=pick_device(options.device))
+    if options.data == "digits":
+        results = evaluate_digits(model, tokenizer)
+    else:
+        results = evaluate_images(
+            model,
+            tokenizer,
+            replace(preprocess, mode=options.resize),
+            options.data,
+            task=options.task,
+            templates=load_templates(options.templates) if options.templates else TEMPLATES,
+            batch_size=options.batch_size,
+        )
+    output = options.output or Path(name) / f"eval-{Path(options.data).stem}.json"
+    write_json(results, output)
+    for what, values in results.items():
+        print_results({metric: {what: value} for metric, value in values.items()})
+    print(f"written to {output}")
+    return 0
+
+
+def _named(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The first word, where it is no option, and the rest."""
+    return (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else (None, arguments)
+
+
+def _parse(kind: type, prog: str, arguments: list[str], default: Any) -> Any:
+    """A dataclass from its default and the command line; prints help and leaves where that is asked for."""
+    tyro = extra("tyro", "tyro", "the command line")
+    return tyro.cli(kind, default=default, args=arguments, prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

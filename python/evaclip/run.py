@@ -1,0 +1,50 @@
+"""A run's folder as a thing to use: the model it trained, its tokenizer and its image transform."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from evaclip.data.preprocess import ImageTransform, image_transform
+from evaclip.data.tokenizer import get_tokenizer
+from evaclip.models import create_model, load_checkpoint
+from evaclip.models.clip import CLIP
+from evaclip.train import checkpoint
+from evaclip.train.recipe import load_recipe
+
+
+class Loaded(NamedTuple):
+    """What `load` returns; unpacks as model, tokenizer, preprocess."""
+
+    model: CLIP
+    tokenizer: Callable[[list[str]], Tensor]
+    preprocess: ImageTransform
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
+    """The model of a run, ready to encode, with the tokenizer and the image transform it was trained for.
+
+    Args:
+        path: a folder that `evaclip train` wrote, or one of its checkpoints.
+        device: where the model goes.
+
+    Returns:
+        model (in eval mode), tokenizer (list of str -> ids), preprocess (PIL image -> (C, H, W)).
+
+    Raises:
+        CheckpointError: nothing to load there.
+    """
+    folder = checkpoint.latest(Path(path))
+    recipe = load_recipe(str(folder / "recipe.json"))
+    dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else None
+    towers = recipe.model
+    model = create_model(towers.name, device=device, dtype=dtype, vision=towers.vision, text=towers.text)
+    load_checkpoint(model, folder / "model.safetensors")
+    vision = model.config.vision
+    return Loaded(
+        model.eval(),
+        get_tokenizer(recipe.data.tokenizer, model.config.text.context),
+        image_transform(vision.image_size, mode="crop", channels=vision.channels),
+    )

@@ -1,0 +1,259 @@
+"""A training run as data: frozen dataclasses, read from TOML or JSON, overridable field by field.
+
+The text under each field is what `evaclip train <recipe> --help` prints.
+"""
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from evaclip.files import write_text
+from evaclip.models import configure
+from evaclip.recipes import recipe_files
+
+Override = int | float | bool | str
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as it is; the message names the file, the key and what is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    name: str = "EVA02-CLIP-B-16"
+    """One of `evaclip models`."""
+    checkpoint: str | None = None
+    """Weights to start from; random ones without."""
+    vision: dict[str, Override] = field(default_factory=dict)
+    """Fields of the vision tower to override, e.g. layers 2 width 256 (.layers 2 where the recipe sets it already)."""
+    text: dict[str, Override] = field(default_factory=dict)
+    """Fields of the text tower to override."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    source: str = "digits"
+    """"digits", or a folder of images with captions beside them, or a CSV/TSV/JSONL of image and caption."""
+    batch_size: int = 128
+    """Samples per optimizer step, over all micro-batches."""
+    tokenizer: str = "clip"
+    """"clip", or "words:" and a closed list of words."""
+    patch_drop: float = 0.0
+    """Share of image patches left out in training (arXiv 2212.00794)."""
+    undropped_tail: float = 0.0
+    """Share of the steps, at the end, that see whole images."""
+    max_unreadable: float = 0.01
+    """Share of the images that may be unreadable before the run stops; they are named and replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    name: Literal["lamb", "adamw"] = "lamb"
+    """Published EVA-CLIP runs use LAMB."""
+    logit_scale_lr: float = 5e-4
+    """Peak learning rate of logit_scale."""
+    visual_lr: float = 4e-4
+    """Peak learning rate of the vision tower's head; lower layers take less by the layer decay."""
+    text_lr: float = 4e-5
+    """Peak learning rate of the text tower's last layers."""
+    visual_layer_decay: float = 1.0
+    """Each layer below the head learns this many times as fast as the one above it."""
+    text_layer_decay: float = 1.0
+    """The same for the text tower."""
+    weight_decay: float = 0.05
+    """Decoupled; norms, biases, positions, the class token and logit_scale take none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the first and the second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    clip_grad_norm: float = 5.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    bias_correction: Literal["update", "step_size", "none"] = "update"
+    """LAMB: "step_size" with bounds [0.01, 10] and adapt_excluded is the optimizer of the published runs."""
+    trust: Literal["parameter", "group"] = "parameter"
+    """LAMB: one trust ratio per parameter, or per group (tower, layer, decay)."""
+    trust_ratio_bounds: tuple[float, float] | None = None
+    """LAMB: clamp of the trust ratio."""
+    adapt_excluded: bool = False
+    """LAMB: apply the trust ratio also where no weight decay is applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    steps: int = 1000
+    """Optimizer steps in all."""
+    warmup: int = 50
+    """Steps of linear warm-up; a cosine to zero follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    label_smoothing: float = 0.0
+    """Probability mass spread over the whole batch."""
+    max_logit_scale: float = 100.0
+    """logit_scale is held between 1 and this after every step."""
+    fixed_logit_scale: float | None = None
+    """A constant scale (EVA-CLIP-8B and 18B: 100) instead of a learned one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    device: str = "auto"
+    """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"."""
+    precision: Literal["fp32", "amp_bf16", "bf16"] = "fp32"
+    """float32; bfloat16 autocast over float32 weights; or bfloat16 weights with float32 masters in the optimizer."""
+    micro_batches: int = 1
+    """Compute the batch in this many parts, exactly: features first, then gradients (arXiv 2101.06983)."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to PyTorch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    output: str = "runs"
+    """Folder that receives the run's own folder, named by the recipe."""
+    seed: int = 0
+    """Seeds weights, data order and token dropping."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+    keep: int = 2
+    """Checkpoints kept."""
+    max_skipped: int = 20
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str = "run"
+    """Names the run's folder."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    loss: Loss = field(default_factory=Loss)
+    compute: Compute = field(default_factory=Compute)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self):
+        """Raise RecipeError for values that no run could have; before anything is built."""
+        data, schedule, optimizer, compute, run = self.data, self.schedule, self.optimizer, self.compute, self.run
+        fixed = self.loss.fixed_logit_scale
+        for ok, key, given, allowed in (
+            (bool(self.name) and "/" not in self.name, "name", self.name, "a folder name"),
+            (data.batch_size >= 2, "data.batch_size", data.batch_size, "at least 2: a contrast needs two samples"),
+            (0 <= data.patch_drop < 1, "data.patch_drop", data.patch_drop, "at least 0 and below 1"),
+            (0 <= data.undropped_tail <= 1, "data.undropped_tail", data.undropped_tail, "between 0 and 1"),
+            (schedule.steps >= 1, "schedule.steps", schedule.steps, "at least 1"),
+            (schedule.warmup >= 0, "schedule.warmup", schedule.warmup, "at least 0"),
+            (compute.micro_batches >= 1, "compute.micro_batches", compute.micro_batches, "at least 1"),
+            (
+                data.batch_size % max(compute.micro_batches, 1) == 0,
+                "compute.micro_batches",
+                compute.micro_batches,
+                f"a divisor of data.batch_size = {data.batch_size}",
+            ),
+            *(
+                (getattr(optimizer, key) >= 0, f"optimizer.{key}", getattr(optimizer, key), "at least 0")
+                for key in ("logit_scale_lr", "visual_lr", "text_lr", "weight_decay", "clip_grad_norm")
+            ),
+            *(
+                (0 < getattr(optimizer, key) <= 1, f"optimizer.{key}", getattr(optimizer, key), "above 0, at most 1")
+                for key in ("visual_layer_decay", "text_layer_decay")
+            ),
+            (0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", self.loss.label_smoothing, "in [0, 1)"),
+            (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
+            (0 <= run.seed < 2**63, "run.seed", run.seed, "0 to 2^63 - 1"),
+            (fixed is None or fixed > 0, "loss.fixed_logit_scale", fixed, "above 0"),
+            (self.loss.max_logit_scale >= 1, "loss.max_logit_scale", self.loss.max_logit_scale, "at least 1"),
+            *((getattr(run, key) >= 1, f"run.{key}", getattr(run, key), "at least 1") for key in _COUNTS),
+        ):
+            if not ok:
+                raise RecipeError(f"{key} is {given!r}; allowed: {allowed}")
+
+
+_COUNTS = ("log_every", "save_every", "keep", "max_skipped")
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of that name, or the one in that TOML or JSON file.
+
+    Raises:
+        RecipeError: no such recipe (the nearest are named), or a key that is unknown or of another type.
+    """
+    files = recipe_files()
+    path = files.get(name, Path(name))
+    if not path.is_file():
+        near = get_close_matches(name, files, n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise RecipeError(f"no recipe {name!r}; {hint}Known: {', '.join(files)}; or give the path of a TOML file")
+    try:
+        text = path.read_text()
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as {path.suffix or 'TOML'}: {error}") from error
+    try:
+        recipe = from_dict(Recipe, values, str(path))
+        configure(recipe.model.name, vision=recipe.model.vision, text=recipe.model.text)
+    except ValueError as error:
+        raise error if str(path) in str(error) else RecipeError(f"{path}: {error}") from None
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every field as JSON, which `load_recipe` reads back equal."""
+    write_text(path, json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+
+
+def from_dict(cls: type, values: dict[str, Any], path: str, prefix: str = "") -> Any:
+    """Build a dataclass from parsed TOML or JSON, naming file, key and type of what does not fit."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is a table of fields")
+    hints = typing.get_type_hints(cls)
+    given = {}
+    for key, value in values.items():
+        where = f"{path}: {prefix}{key}"
+        if key not in hints:
+            near = get_close_matches(key, hints, n=2, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(hints)}"
+            raise RecipeError(f"{where} is no field of a recipe{hint}")
+        given[key] = _convert(hints[key], value, where, prefix + key + ".", path)
+    return cls(**given)
+
+
+def _convert(hint: Any, value: Any, where: str, prefix: str, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value, path, prefix)
+    if origin is types.UnionType:
+        for option in arguments:
+            try:
+                return _convert(option, value, where, prefix, path)
+            except RecipeError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(arguments):
+            return tuple(_convert(a, v, where, prefix, path) for a, v in zip(arguments, value, strict=True))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {key: _convert(arguments[1], v, f"{where}.{key}", prefix, path) for key, v in value.items()}
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    kind = " or ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise RecipeError(f"{where} is {value!r} ({type(value).__name__}); allowed: {kind}")

@@ -1,0 +1,174 @@
+"""The training loop: data in counter order, one step after the other, nothing hidden."""
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+import evakernels as ek
+from evaclip.data.common import DataError
+from evaclip.device import pick_device
+from evaclip.models import create_model, load_checkpoint
+from evaclip.train import checkpoint
+from evaclip.train.log import RunLog
+from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
+from evaclip.train.recipe import Recipe, RecipeError, load_recipe, save_recipe
+from evaclip.train.source import open_source
+from evaclip.train.step import forward_backward, random_state, set_random_state
+
+
+class Trainer:
+    """Trains a recipe's model in a folder, from the start or from the folder's last checkpoint.
+
+    The samples, dropped tokens and learning rate of a step are functions of (seed, step) alone, so a run continued
+    from any checkpoint takes the same steps as one that was never interrupted; on a CPU bit for bit.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False):
+        self.recipe, self.folder = recipe, folder
+        self.device = pick_device(recipe.compute.device)
+        if recipe.compute.threads:
+            torch.set_num_threads(recipe.compute.threads)
+        torch.manual_seed(recipe.run.seed)
+        found = checkpoint.latest(folder) if resume else None
+        model = recipe.model
+        self.model = create_model(
+            model.name,
+            checkpoint=None if found else model.checkpoint,
+            device=self.device,
+            dtype=torch.bfloat16 if recipe.compute.precision == "bf16" else None,
+            vision=model.vision,
+            text=model.text,
+        )
+        self.model.set_checkpointing(recipe.compute.activation_checkpointing)
+        if recipe.loss.fixed_logit_scale is not None:
+            self.model.logit_scale.requires_grad_(False).fill_(math.log(recipe.loss.fixed_logit_scale))
+        self.source = open_source(recipe, self.model.config)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.stop: str | None = None  # why the run is to end after the step at hand
+        self.saving = False
+        if found:
+            self._load(found)
+
+    def run(self) -> str:
+        """Train to the last step, or until a signal, unusable data or too many skipped steps.
+
+        Returns:
+            "finished", or the reason to have stopped early; the state is saved in either case.
+        """
+        recipe, steps = self.recipe, self.recipe.schedule.steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, self.folder / "recipe.json")
+        log = RunLog(self.folder, steps, self.step, recipe.run.tensorboard)
+        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        saved = self.step
+        try:
+            self.model.train()
+            while self.step < steps and not self.stop:
+                began = time.perf_counter()
+                try:
+                    metrics = self.train_step()
+                except DataError as error:  # of this step nothing has happened yet
+                    self.stop = str(error)
+                    break
+                seconds = time.perf_counter() - began
+                self._report(log, metrics, seconds)
+                if self.step % recipe.run.save_every == 0 and not self.stop:
+                    self.save()
+                    saved = self.step
+            if saved != self.step:
+                self.save()
+        finally:
+            log.close()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+        return self.stop or "finished"
+
+    def train_step(self) -> dict[str, float | str]:
+        """One optimizer step; a non-finite loss or gradient norm leaves weights and optimizer as they were."""
+        recipe = self.recipe
+        share = warmup_cosine(self.step, recipe.schedule)
+        set_learning_rate(self.optimizer, share)
+        images, ids = self.source.batch(self.step)
+        images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
+        tensors = forward_backward(self.model, images, ids, self._kept(len(images)), recipe)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        tensors["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip_grad_norm or math.inf)
+        values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
+        metrics: dict = dict(zip(tensors, values, strict=True))
+        if broken := [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            metrics = {"skipped": f"{' and '.join(broken)} not finite"}
+            if self.skipped_in_a_row >= recipe.run.max_skipped:
+                self.stop = f"{self.skipped_in_a_row} steps in a row were not finite; the last good weights are saved"
+        else:
+            self.optimizer.step()
+            if recipe.loss.fixed_logit_scale is None:
+                with torch.no_grad():
+                    self.model.logit_scale.clamp_(0, math.log(recipe.loss.max_logit_scale))
+            self.skipped_in_a_row = 0
+            metrics |= {"lr": recipe.optimizer.visual_lr * share}
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return metrics
+
+    def _kept(self, batch: int) -> torch.Tensor | None:
+        data, steps = self.recipe.data, self.recipe.schedule.steps
+        if not data.patch_drop or self.step >= steps - round(steps * data.undropped_tail):
+            return None
+        patches = self.model.visual.patches
+        keep = max(1, int(patches * (1 - data.patch_drop)))
+        first = self.step * data.batch_size  # the sample's index in the whole run: ids do not depend on micro-batches
+        return ek.sample_kept_tokens(batch, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
+
+    def _report(self, log: RunLog, metrics: dict, seconds: float) -> None:
+        if "skipped" in metrics:
+            log.metrics(self.step - 1, **metrics)
+            log.say(f"step {self.step - 1} skipped: {metrics['skipped']}")
+            return
+        if (self.step - 1) % self.recipe.run.log_every == 0 or self.step == self.recipe.schedule.steps:
+            rate = self.recipe.data.batch_size / seconds
+            log.metrics(self.step - 1, **metrics, samples_per_second=rate, skipped_steps=self.skipped)
+        accuracy = 100 * metrics["image_to_text"]
+        log.progress(self.step, f"loss {metrics['loss']:.3f}  in-batch accuracy {accuracy:.0f} %")
+
+    def _on_signal(self, number: int, frame) -> None:
+        if self.stop and not self.saving:  # the second one does not wait, unless a checkpoint is half written
+            raise KeyboardInterrupt
+        self.stop = signal.Signals(number).name
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything the next step depends on."""
+        trainer = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_state(self.device),
+        }
+        self.saving = True
+        try:
+            return checkpoint.save(self.folder, self.recipe, self.model, trainer, self.step, self.recipe.run.keep)
+        finally:
+            self.saving = False
+
+    def _load(self, folder: Path) -> None:
+        before, now = load_recipe(str(folder / "recipe.json")), self.recipe
+        for key, was, given in (
+            ("optimizer.name", before.optimizer.name, now.optimizer.name),
+            ("compute.precision", before.compute.precision, now.compute.precision),
+        ):
+            if was != given:
+                raise RecipeError(f"{key} is {given!r}, but {folder} was written with {was!r}; continue with that")
+        state = checkpoint.load_trainer(folder)
+        load_checkpoint(self.model, folder / "model.safetensors")
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, of_this_recipe in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(of_this_recipe)  # a state dict brings the options of the run that wrote it along
+        self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
+        set_random_state(state["random"], self.device)

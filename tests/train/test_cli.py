@@ -1,0 +1,180 @@
+"""The command line as a user meets it."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import evaclip
+from evaclip.cli import claim_folder, main
+
+SMALL_RUN = (
+    *("--model.vision", "layers", "1", "--model.text", "layers", "1", "--data.batch-size", "16"),
+    *("--schedule.steps", "2", "--run.tensorboard", "False"),
+)
+
+
+def test_without_a_command_it_lists_them(capsys):
+    assert main([]) == 0
+    assert "evaclip train RECIPE" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "digit"], "did you mean digits"),
+        (["train"], "which recipe?"),
+        (["train", "digits", "--model.name", "EVA02-CLIP-B16"], "EVA02-CLIP-B-16"),
+        (["train", "digits", "--data.source", "nowhere"], "'nowhere' does not exist"),
+        (["train", "digits", "--data.batch-size", "5000"], "batch_size is 5000"),
+        (["train", "digits", "--compute.device", "abacus"], 'allowed are "auto"'),
+        (["eval", "nowhere"], "nowhere does not exist"),
+        (["eval"], "which run?"),
+        (["train", "digits", "--model.vision", "image_size", "big"], "image_size is 'big'"),
+        (["train", "digits", "--model.vision", "layers", "0"], "layers is 0"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "digits", "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--optimizer.visual-lr" in text
+    assert "Share of image patches left out" in text
+
+
+def test_models_lists_them_with_their_sizes(capsys):
+    assert main(["models"]) == 0
+    output = capsys.readouterr().out
+    for name in evaclip.list_models():
+        assert name in output
+    assert "17,630,494,720" in output
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the command line, two steps long."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["train", "digits", "--run.output", str(folder), *SMALL_RUN]) == 0
+    return folder / "digits"
+
+
+def test_a_run_leaves_what_the_readme_says(run):
+    for name in ("recipe.json", "metrics.jsonl", "showcase.png", "example.png"):
+        assert (run / name).stat().st_size > 0
+
+
+def test_a_second_run_does_not_touch_the_first(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", "digits", "--run.output", str(run.parent), *SMALL_RUN]) == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert (run.parent / "digits-2" / "metrics.jsonl").exists()
+
+
+def test_eval_on_digits_writes_json_and_a_table(run, capsys):
+    assert main(["eval", str(run)]) == 0
+    results = json.loads((run / "eval-digits.json").read_text())
+    assert set(results) == {"zero-shot classification", "retrieval"}
+    assert results["retrieval"]["texts"] == 500
+    assert "image_to_text@1" in capsys.readouterr().out
+
+
+def test_eval_on_a_labelled_folder_and_on_captions(run, tmp_path):
+    for label, shade in (("one", 0), ("two", 255)):
+        (tmp_path / "classes" / label).mkdir(parents=True)
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        Image.new("L", (24, 8), shade).save(tmp_path / "classes" / label / "a.png")
+        Image.new("L", (24, 8), shade).save(tmp_path / "pairs" / f"{label}.png")
+        (tmp_path / "pairs" / f"{label}.txt").write_text(f"{label} {label} three\n")
+    templates = tmp_path / "templates.txt"
+    templates.write_text("zero {}\n{} zero\n")
+    output = tmp_path / "results.json"
+    data = str(tmp_path / "classes")
+    assert main(["eval", str(run), "--data", data, "--templates", str(templates), "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["zero-shot classification"]["samples"] == 2
+    assert main(["eval", str(run), "--data", str(tmp_path / "pairs"), "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["retrieval"]["images"] == 2
+
+
+def test_training_on_a_folder_of_captioned_images(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (40, 40), (40 * i, 0, 0)).save(tmp_path / f"{i}.jpg")
+        (tmp_path / f"{i}.txt").write_text(f"a red square of shade {i}")
+    arguments = ["--data.source", str(tmp_path), "--model.name", "EVA02-CLIP-tiny", "--data.tokenizer", "clip"]
+    arguments += ["--model.text", "vocabulary", "49408", "context", "77"]
+    size = ["--data.batch-size", "4", "--schedule.steps", "2", "--run.output", str(tmp_path / "runs"), "--name", "red"]
+    assert main(["train", "digits", *arguments, *size]) == 0
+    model, tokenizer, preprocess = evaclip.load(tmp_path / "runs" / "red")
+    with Image.open(tmp_path / "0.jpg") as image:
+        features = model.encode_image(preprocess(image)[None], normalize=True)
+    assert features.norm().item() == pytest.approx(1)
+    assert model.encode_text(tokenizer(["a red square"])).shape == features.shape
+
+
+def test_the_printed_snippet_runs(run, capsys, monkeypatch):
+    from evaclip.train.showcase import show_digits
+
+    model, tokenizer, _ = evaclip.load(run)
+    show_digits(model, tokenizer, run)
+    output = capsys.readouterr().out
+    snippet = output.split("or, in Python:\n")[1]
+    exec("\n".join(line.strip() for line in snippet.strip().splitlines()), {})
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def test_a_changed_model_cannot_continue_a_run(run, capsys):
+    assert main(["train", str(run), "--model.vision.layers", "2", "--schedule.steps", "4"]) == 2
+    assert "blocks.1" in capsys.readouterr().err
+
+
+def test_a_checkpoint_folder_is_no_run(run, capsys):
+    before = sorted(run.rglob("*"))
+    assert main(["train", str(run / "checkpoints" / "step-00000002")]) == 2
+    assert f"`evaclip train {run}` continues its run" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("change", ["--optimizer.name=adamw", "--compute.precision=bf16"])
+def test_a_run_keeps_its_optimizer_and_precision(run, change, capsys):
+    assert main(["train", str(run), change, "--schedule.steps", "4"]) == 2
+    assert "was written with" in capsys.readouterr().err
+
+
+def test_eval_refuses_an_unknown_device(run, capsys):
+    assert main(["eval", str(run), "--device", "abacus"]) == 2
+    assert "the device is 'abacus'" in capsys.readouterr().err
+
+
+def test_parallel_runs_take_folders_of_their_own(tmp_path):
+    assert [claim_folder(tmp_path, "a").name for _ in range(3)] == ["a", "a-2", "a-3"]
+
+
+def test_a_folder_of_classes_may_hold_a_readme(run, tmp_path):
+    for label in ("one", "two"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        Image.new("L", (24, 8)).save(tmp_path / "data" / label / "a.png")
+    (tmp_path / "data" / "one" / "README.txt").write_text("about")
+    templates = tmp_path / "templates.txt"
+    templates.write_text("{}")
+    output = tmp_path / "out.json"
+    data = str(tmp_path / "data")
+    assert main(["eval", str(run), "--data", data, "--templates", str(templates), "--output", str(output)]) == 0
+    assert "zero-shot classification" in json.loads(output.read_text())
+
+
+def test_loaded_model_is_the_trained_one(run):
+    model, _, _ = evaclip.load(run)
+    again, _, _ = evaclip.load(run / "checkpoints" / "step-00000002")
+    assert not model.training
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
