@@ -9,10 +9,10 @@ from torch import Tensor
 
 from evaclip.data.preprocess import ImageTransform, image_transform
 from evaclip.data.tokenizer import get_tokenizer
-from evaclip.models import create_model, load_checkpoint
+from evaclip.models import load_checkpoint
 from evaclip.models.clip import CLIP
 from evaclip.train import checkpoint
-from evaclip.train.recipe import load_recipe
+from evaclip.train.recipe import build_model, load_recipe
 
 
 class Loaded(NamedTuple):
@@ -38,9 +38,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     """
     folder = checkpoint.latest(Path(path))
     recipe = load_recipe(str(folder / "recipe.json"))
-    dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else None
-    towers = recipe.model
-    model = create_model(towers.name, device=device, dtype=dtype, vision=towers.vision, text=towers.text)
+    model = build_model(recipe, device)
     load_checkpoint(model, folder / "model.safetensors")
     vision = model.config.vision
     return Loaded(

@@ -13,8 +13,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from evaclip.files import write_text
-from evaclip.models import configure
+from evaclip.models import configure, create_model
+from evaclip.models.clip import CLIP
 from evaclip.recipes import recipe_files
 
 Override = int | float | bool | str
@@ -209,6 +212,15 @@ def load_recipe(name: str) -> Recipe:
     except ValueError as error:
         raise error if str(path) in str(error) else RecipeError(f"{path}: {error}") from None
     return recipe
+
+
+def build_model(recipe: Recipe, device: str | torch.device, checkpoint: str | None = None) -> CLIP:
+    """A recipe's model on a device, in the dtype it is trained in; with the weights of a checkpoint, if given."""
+    model = recipe.model
+    dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else None
+    return create_model(
+        model.name, checkpoint=checkpoint, device=device, dtype=dtype, vision=model.vision, text=model.text
+    )
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 import evakernels as ek
 from evaclip.data.common import DataError
 from evaclip.device import pick_device
-from evaclip.models import create_model, load_checkpoint
+from evaclip.models import load_checkpoint
 from evaclip.train import checkpoint
 from evaclip.train.log import RunLog
 from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
-from evaclip.train.recipe import Recipe, RecipeError, load_recipe, save_recipe
+from evaclip.train.recipe import Recipe, RecipeError, build_model, load_recipe, save_recipe
 from evaclip.train.source import open_source
 from evaclip.train.step import forward_backward, random_state, set_random_state
 
@@ -33,15 +33,7 @@ class Trainer:
             torch.set_num_threads(recipe.compute.threads)
         torch.manual_seed(recipe.run.seed)
         found = checkpoint.latest(folder) if resume else None
-        model = recipe.model
-        self.model = create_model(
-            model.name,
-            checkpoint=None if found else model.checkpoint,
-            device=self.device,
-            dtype=torch.bfloat16 if recipe.compute.precision == "bf16" else None,
-            vision=model.vision,
-            text=model.text,
-        )
+        self.model = build_model(recipe, self.device, None if found else recipe.model.checkpoint)
         self.model.set_checkpointing(recipe.compute.activation_checkpointing)
         if recipe.loss.fixed_logit_scale is not None:
             self.model.logit_scale.requires_grad_(False).fill_(math.log(recipe.loss.fixed_logit_scale))
