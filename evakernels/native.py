@@ -1,36 +1,65 @@
-"""Finds and loads the compiled library; `load(path)` loads one that declares its device."""
+"""Finds and loads the compiled library, and calls its functions with tensors.
 
+A library declares the device it computes on: "cuda", or "cpu" when it was compiled to be emulated there, for tests.
+"""
+
+import functools
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 MODULE = "evakernels._native"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum class Dtype` of csrc/launch.hpp
+
+loaded: dict[str, ModuleType] = {}  # by device type; what `load` was given goes before the installation's own
 
 
-def library() -> ModuleType | None:
-    """The compiled library of this installation; None where none was built."""
-    return importlib.import_module(MODULE) if importlib.util.find_spec(MODULE) else None
+@functools.cache
+def _installed() -> ModuleType | str:
+    """The compiled library of this installation, or the sentence that says why there is none."""
+    if importlib.util.find_spec(MODULE) is None:
+        return (
+            "the compiled library was not built (no nvcc when evakernels was installed, or EVAKERNELS_SKIP_CUDA=1); "
+            "install the CUDA toolkit and reinstall with `pip install --force-reinstall --no-deps .`"
+        )
+    try:
+        return importlib.import_module(MODULE)
+    except ImportError as error:
+        return f"the compiled library was built, but does not load: {error}"
+
+
+def library(device: str = "cuda") -> ModuleType | str:
+    """The compiled library that computes on a device type, or the sentence that says why there is none."""
+    if found := loaded.get(device):
+        return found
+    return _installed() if device == "cuda" else f"the compiled library does not compute on {device}"
+
+
+def compiled(on: Tensor | torch.device) -> ModuleType:
+    """The compiled library that computes on a device; an implementation that has not refused has one."""
+    found = library(on.type if isinstance(on, torch.device) else on.device.type)
+    assert not isinstance(found, str), found
+    return found
 
 
 def status() -> str:
     """One sentence about the compiled library, for people."""
-    try:
-        found = library()
-    except ImportError as error:
-        return f"built, but does not load: {error}"
-    if found is None:
-        return (
-            "not built (no nvcc when evakernels was installed, or EVAKERNELS_SKIP_CUDA=1); "
-            "install the CUDA toolkit and reinstall with `pip install --force-reinstall --no-deps .`"
-        )
+    found = library()
+    if isinstance(found, str):
+        return found
     info = found.build_info()
-    families = ", ".join(info["families"]) or "none yet"
-    return f"built with CUDA {info['cuda']} for {info['architectures']}; families: {families}"
+    return f"built with CUDA {info['cuda']} for {info['architectures']}; families: {', '.join(info['families'])}"
 
 
 def load(path: str | Path) -> ModuleType:
-    """Load a compiled library from a file.
+    """Load a compiled library from a file; from now on it serves the device that it declares.
+
+    An emulated library, which declares the CPU, is reached by `evakernels.using("cuda")` alone.
 
     Args:
         path: a shared library with the bindings of `csrc/bindings.cpp`.
@@ -49,4 +78,65 @@ def load(path: str | Path) -> ModuleType:
     spec.loader.exec_module(module)
     if not hasattr(module, "build_info"):
         raise ImportError(f"native.load: {path} has no build_info(), so it is no library of evakernels")
+    loaded[module.build_info()["device"]] = module
     return module
+
+
+def refusal(family: str, device: str) -> str | None:
+    """Why the compiled library cannot serve a family on a device type, in a sentence; None when it can."""
+    found = library(device)
+    if isinstance(found, str):
+        return found
+    built = found.build_info()["families"]
+    return None if family in built else f"the compiled library has no {family}; it was built with {', '.join(built)}"
+
+
+def call(name: str, on: Tensor | torch.device, *args, touches: Iterable[Tensor] = ()) -> None:
+    """Call a function of the compiled library on a device, in its current stream.
+
+    Args:
+        name: of the function in `csrc/<family>/bindings.cpp`.
+        on: a tensor on the device, or the device.
+        args: tensors are passed as addresses and None as 0; the stream is added at the end.
+        touches: tensors whose addresses the function finds in memory.
+
+    Raises:
+        RuntimeError: the launch failed; the message says why.
+    """
+    device = on if isinstance(on, torch.device) else on.device
+    lib = compiled(device)
+    plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in args]
+    function = getattr(lib, name)
+    if device.type == "cpu":
+        return _emulated(lib, function, plain, (*args, *touches))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index == torch.cuda.current_device():
+        return function(*plain, torch._C._cuda_getCurrentRawStream(index))
+    with torch.cuda.device(index):
+        return function(*plain, torch._C._cuda_getCurrentRawStream(index))
+
+
+def _emulated(lib: ModuleType, function, plain: list, args: tuple) -> None:
+    """A call in which each tensor's memory, and no other, may be touched."""
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.numel():
+            reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            lib.track(tensor.data_ptr(), reach * tensor.element_size())
+    try:
+        function(*plain, 0)
+    finally:
+        lib.untrack_all()
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have: 163 KiB on an A100, and where that is emulated."""
+    if device.type != "cuda":
+        return 163 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 2 where it is emulated."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,7 +1,13 @@
-"""What every test shares: the `gpu` mark, and a torchvision that imports beside a CPU build of torch."""
+"""What every test shares: the `gpu` mark, the compiled kernels, and a torchvision that imports beside a CPU torch."""
+
+from types import ModuleType
 
 import pytest
 import torch
+from emulator import build
+
+import evakernels as ek
+from evakernels import native
 
 torch.set_num_threads(1)  # the tensors here are small, and tests may run side by side
 
@@ -19,3 +25,23 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    """The compiled library, built to be emulated on the CPU."""
+    if reason := build.missing():
+        pytest.skip(reason)
+    library = native.load(build.library())
+    del native.loaded["cpu"]  # it serves the tests that ask for it, and no other
+    return library
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request):
+    """The device of the compiled kernels, which answer for every call; a test takes both with the same body."""
+    if request.param == "emulated":
+        library = request.getfixturevalue("emulated")
+        request.getfixturevalue("monkeypatch").setitem(native.loaded, "cpu", library)
+    with ek.using("cuda"):
+        yield torch.device("cpu" if request.param == "emulated" else "cuda")

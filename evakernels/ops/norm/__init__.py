@@ -178,6 +178,8 @@ class _AddNorm(torch.autograd.Function):
         dresidual, dbranch, dweight, dbias, dscale = _add_norm_backward(
             dsum, dy, total, branch, weight, mean, rstd, layer_scale, row_scale, ctx.bias, ctx.branch_dtype
         )
+        if not dbranch.numel():
+            dbranch = dresidual
         return (
             *(dresidual, dbranch, dweight, dbias if ctx.bias else None, None, None),
             *(dscale if layer_scale is not None else None, None, None),
@@ -238,13 +240,19 @@ _add_norm = define(
         *_statistics(residual, rms),
     ),
 )
+# Where nothing scales the branch and its dtype is the sum's, its gradient is the residual's and `dbranch` is empty.
 _add_norm_backward = define(
     "norm",
     "add_norm_backward(Tensor? dsum, Tensor dy, Tensor sum, Tensor? branch, Tensor weight, Tensor mean, Tensor rstd,"
     " Tensor? layer_scale, Tensor? row_scale, bool bias, ScalarType branch_dtype)"
     " -> (Tensor dresidual, Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
     lambda dsum, dy, total, branch, weight, mean, rstd, layer_scale, row_scale, bias, branch_dtype: (
-        *(_contiguous(total), _contiguous(total, branch_dtype), _contiguous(weight), _optional(bias, weight)),
+        _contiguous(total),
+        total.new_empty(
+            (0,) if layer_scale is None and row_scale is None and branch_dtype == total.dtype else total.shape,
+            dtype=branch_dtype,
+        ),
+        *(_contiguous(weight), _optional(bias, weight)),
         _contiguous(layer_scale) if layer_scale is not None else _empty(total),
     ),
 )

@@ -63,8 +63,10 @@ def add_norm_backward(dsum, dy, total, branch, weight, mean, rstd, layer_scale, 
     if layer_scale is not None:
         dscale = _over_rows(dbranch * branch.to(acc)).to(layer_scale.dtype)
         dbranch = dbranch * layer_scale.to(acc)
+    if dbranch is dx and branch_dtype == total.dtype:
+        dbranch = dx.new_empty(0)
     return (
-        dx.to(total.dtype, copy=dbranch is dx),
+        dx.to(total.dtype),
         dbranch.to(branch_dtype),
         dweight.to(weight.dtype),
         dbias.to(weight.dtype),

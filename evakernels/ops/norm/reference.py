@@ -55,8 +55,10 @@ def add_norm_backward(dsum, dy, total, branch, weight, mean, rstd, layer_scale, 
     if layer_scale is not None:
         dscale = _over_rows(dbranch * _wide(branch, acc)).to(layer_scale.dtype)
         dbranch = dbranch * layer_scale.to(acc)
+    if dbranch is dx and branch_dtype == total.dtype:
+        dbranch = dx.new_empty(0)
     return (
-        dx.to(total.dtype, copy=dbranch is dx),
+        dx.to(total.dtype),
         dbranch.to(branch_dtype),
         dweight.to(weight.dtype),
         _dbias(dbias, weight, bias),

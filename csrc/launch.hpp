@@ -1,0 +1,67 @@
+// What host functions share: a status, a stream, the codes of element types, and launch().
+//
+// Three compilers read this file. nvcc sees a launch on the GPU; g++ with EVAKERNELS_EMULATED sees a launch on the CPU
+// (tests/emulator); any other compiler, of bindings, sees the types alone and needs no CUDA header.
+#pragma once
+
+#include <string>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <tuple>
+#elif defined(EVAKERNELS_EMULATED)
+#include "cuda_on_cpu.hpp"
+#endif
+
+struct CUstream_st;
+
+namespace ek {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };  // evakernels/native.py has the same codes
+
+// What a host function returns: 0, a cudaError_t, or -1 where it refuses its arguments; and why, in a sentence.
+struct [[nodiscard]] Status {
+  int code = 0;
+  std::string sentence;
+  bool ok() const { return code == 0; }
+};
+
+#if defined(__CUDACC__)
+
+// Launches `kernel` with `shared` bytes of dynamic shared memory; arguments are converted to the kernel's parameters.
+template <class... P, class... A>
+Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared, Stream stream, A&&... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error == cudaSuccess) {
+    // Not <<<>>> and cudaGetLastError(), which would report what an earlier call of someone else left behind.
+    std::tuple<P...> values{static_cast<P>(args)...};
+    void* addresses[sizeof...(P) + 1];
+    std::apply([&](auto&... value) { int i = 0; ((addresses[i++] = &value), ...); }, values);
+    error = cudaLaunchKernel(function, grid, block, addresses, shared, stream);
+  }
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // the error is returned; it must not be found again
+  return {static_cast<int>(error), std::string("the CUDA kernel was not launched: ") + cudaGetErrorString(error)};
+}
+
+#elif defined(EVAKERNELS_EMULATED)
+
+// Runs the kernel to its end. Throws std::runtime_error where a GPU would fail, or would compute by luck.
+template <class... P, class... A>
+Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared, Stream, A&&... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
+  emu::launch(kernel, grid, block, shared, static_cast<A&&>(args)...);
+  return {};
+}
+
+#endif
+
+}  // namespace ek

@@ -1,0 +1,32 @@
+// From what is known at run time, kinds, dtypes and plans, to the template arguments of the norm kernels.
+#pragma once
+#include "../common/rows.cuh"
+#include "norm.hpp"
+
+namespace ek {
+// Calls `go(Wide, Narrow)` with the types of the dtypes; the second is the first, or the first is float.
+template <class F>
+Status with_types(Dtype wide, Dtype narrow, F&& go) {
+  if (narrow == Dtype::float32 && wide == Dtype::float32) return go(float{}, float{});
+  if (narrow == Dtype::bfloat16 && wide == Dtype::bfloat16) return go(bf16{}, bf16{});
+  if (narrow == Dtype::bfloat16 && wide == Dtype::float32) return go(float{}, bf16{});
+  if (narrow == Dtype::float16 && wide == Dtype::float16) return go(half{}, half{});
+  if (narrow == Dtype::float16 && wide == Dtype::float32) return go(float{}, half{});
+  return {-1, "norm: the residual must have the dtype of the branch, or be float32"};
+}
+
+// Calls `go(Held, Aligned)` with the plan's choices as constants; there is one kernel for all rows that are not held.
+template <class F>
+Status with_plan(const RowPlan& plan, F&& go) {
+  if (!plan.held) return go(std::false_type{}, std::false_type{});
+  return plan.aligned ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
+}
+
+template <class F>
+Status with_kind(NormKind kind, F&& go) {
+  using std::integral_constant;
+  if (kind == NormKind::norm) return go(integral_constant<NormKind, NormKind::norm>{});
+  if (kind == NormKind::add_norm) return go(integral_constant<NormKind, NormKind::add_norm>{});
+  return go(integral_constant<NormKind, NormKind::norm_add>{});
+}
+}  // namespace ek
