@@ -43,8 +43,9 @@ class CMakeBuild(build_ext):
         ]
         if architectures := os.environ.get("EVAKERNELS_ARCHITECTURES"):
             options.append(f"-DEVAKERNELS_ARCHITECTURES={architectures}")
-        # --fresh: pip runs in a new environment each time, and a cache would name the last one's ninja.
-        run(["cmake", "--fresh", "-S", ".", "-B", str(build), "-G", "Ninja", *options])
+        # pip runs in a new environment each time; the cache names tools of the last one, which are gone.
+        options += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", "-Upybind11_DIR"]
+        run(["cmake", "-S", ".", "-B", str(build), "-G", "Ninja", *options])
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         run(["cmake", "--build", str(build), "--parallel", jobs])
 

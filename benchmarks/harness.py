@@ -3,14 +3,21 @@
 A family's module `bench_<family>.py` exposes `rows(quick: bool) -> Iterator[dict]` and yields what `compare`
 returns. Providers take turns, sample by sample, so that their ratios hold where the machine drifts, and a copy
 of as many bytes as the floor takes its turn among them: the floor in microseconds comes from the same run.
+
+On a GPU, p20, p50 and p80 are the device's time: each sample waits in the queue until the host has called everything
+in it, and inputs rotate among sets that together exceed the cache. What the host needs for a call is `host_us`.
 """
 
 import csv
 import functools
 import importlib
+import importlib.util
+import itertools
 import math
+import os
 import platform
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +26,21 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+from evakernels import dispatch, native
 
 FIELDS = (
     *("family", "shape", "dtype", "provider", "mode", "p20_us", "p50_us", "p80_us", "bytes", "flops"),
-    *("share_of_clone", "peak_mb", "host_us", "device", "driver", "torch", "commit"),
+    *("share_of_clone", "peak_mb", "host_us", "device", "driver", "torch", "commit", "absent"),
 )
 RESULTS = Path(__file__).parent / "results"
+FAILS = "fails: "  # so begins the reason of a provider that is absent because it raised an error
 _kept: list[torch.library.Library] = []  # what a library declares goes when it is collected
 COPY_BYTES = 512 << 20  # the copy stands for more bytes than these by its rate
+MOST_SETS = 64  # of inputs
+
+Providers = dict[str, Callable[[], object] | str]  # to be timed, or the reason why it is absent
 
 
 @dataclass
@@ -44,6 +58,11 @@ class Timing:
 def device() -> torch.device:
     """Where the benchmarks run: the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def emulated() -> bool:
+    """Whether the compiled library that is loaded is an emulated one: its times say nothing about a GPU."""
+    return not isinstance(native.library("cpu"), str)
 
 
 @functools.cache
@@ -74,8 +93,75 @@ def _let_torchvision_import() -> None:
     if torch.version.cuda is None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):
+            if hasattr(torch.ops.torchvision, op):
+                continue
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept.append(library)
+
+
+def compiled(function: Callable) -> Callable | str:
+    """A peer by torch.compile, for one shape; what was compiled before is forgotten."""
+    if device().type == "cpu":
+        return "it is measured on GPUs alone"
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # backward passes are repeated on one graph
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def rotating(make: Callable[[], tuple]) -> Iterator[tuple]:
+    """Sets of inputs in turns: on a GPU so many that none is found in the cache when it comes round again."""
+    sets = [make()]
+    if device().type == "cuda":
+        size = sum({t.data_ptr(): t.nbytes for t in sets[0] if isinstance(t, Tensor)}.values())
+        cache = torch.cuda.get_device_properties(device()).L2_cache_size
+        sets += [make() for _ in range(min(math.ceil(2 * cache / max(size, 1)), MOST_SETS) - 1)]
+    return itertools.cycle(sets)
+
+
+def forward(function: Callable, make: Callable[[], tuple]) -> Callable[[], object]:
+    """Calls a function with rotating inputs; they are made at the first call."""
+    inputs = functools.cache(lambda: rotating(make))
+    return lambda: function(*next(inputs()))
+
+
+def backward(function: Callable, make: Callable[[], tuple]) -> Callable[[], object]:
+    """Repeats a function's backward pass for its inputs that require gradients; it runs forward at the first call."""
+
+    def graph() -> tuple:
+        inputs = make()
+        outputs = function(*inputs)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        wanted = tuple(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+        return *(torch.randn_like(t) for t in outputs), outputs, wanted
+
+    graphs = functools.cache(lambda: rotating(graph))
+
+    def run() -> object:
+        *gradients, outputs, wanted = next(graphs())
+        return torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
+
+    return run
+
+
+def ours(family: str, make: Callable[[], Callable[[], object]]) -> Providers:
+    """What `make` returns as dispatch chooses, and by each implementation of the family that may serve this device."""
+
+    def by(name: str, run: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            with dispatch.using(name):
+                return run()
+
+        return call
+
+    on_gpu = device().type == "cuda"
+    result: Providers = {"evakernels": make()}
+    for name in dispatch.IMPLEMENTATIONS:
+        if importlib.util.find_spec(f"evakernels.ops.{family}.{name}") and not (name == "cpu" and on_gpu):
+            note = " emulated" if name == "cuda" and emulated() and not on_gpu else ""
+            result[f"evakernels, {name}{note}"] = by(name, make())
+    return result
 
 
 def slug(name: str) -> str:
@@ -84,7 +170,7 @@ def slug(name: str) -> str:
 
 
 @functools.cache
-def _where_and_when() -> dict[str, str]:
+def where_and_when() -> dict[str, str]:
     def say(*command: str) -> str:
         try:
             answer = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
@@ -95,21 +181,29 @@ def _where_and_when() -> dict[str, str]:
     driver = ""
     if torch.cuda.is_available():
         driver = say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-    commit = say("git", "describe", "--always", "--dirty")
+    # A copy of the sources without git's folder is told where it comes from.
+    commit = os.environ.get("EVAKERNELS_COMMIT") or say("git", "describe", "--always", "--dirty")
     return {"device": device_name(), "driver": driver, "torch": torch.__version__, "commit": commit}
 
 
 def measure(
-    providers: dict[str, Callable[[], object]], *, quick: bool = False, seconds: float | None = None
+    providers: dict[str, Callable[[], object]],
+    *,
+    quick: bool = False,
+    seconds: float | None = None,
+    by_host: bool = False,
 ) -> dict[str, Timing]:
     """Time callables in turns: warm-up, then rounds in which each is sampled once.
 
     Args:
         providers: name -> callable without arguments, that runs the work once on `device()`.
         quick: a fifth of the time.
-        seconds: about how long each provider is sampled; 2 by default. At least 5 samples are taken.
+        seconds: about how long each provider is sampled; by default 2 on the CPU, 0.2 on a GPU. At least 5 samples
+            are taken.
+        by_host: samples are the host's time also on a GPU.
     """
-    seconds = seconds or (0.4 if quick else 2.0)
+    on_gpu = torch.cuda.is_available()
+    seconds = seconds or (0.2 if on_gpu else 2.0) / (5 if quick else 1)
     repeats, timings = {}, {}
     for name, run in providers.items():
         run()
@@ -118,15 +212,21 @@ def measure(
         run()
         _wait()
         once = time.perf_counter() - start
-        # Short calls are repeated within a sample: clock and events tick in microseconds.
-        repeats[name] = max(1, math.ceil(1e-3 / max(once, 1e-7)))
+        # Short calls are repeated within a sample: clock and events tick in microseconds. 1024 launches fit the queue.
+        repeats[name] = min(max(1, math.ceil(1e-3 / max(once, 1e-7))), 100 if on_gpu else 10**6)
         for _ in range(min(repeats[name], 20)):
             run()
         timings[name] = Timing([], *_memory_and_host_time(run))
-    slowest = max(_sample(run, repeats[name]) * repeats[name] for name, run in providers.items()) / 1e6
+
+    def sample(name: str) -> float:
+        if on_gpu and not by_host:
+            return _device_time(providers[name], repeats[name], timings[name].host_us or 0.0)
+        return _host_time(providers[name], repeats[name])
+
+    slowest = max(sample(name) * repeats[name] for name in providers) / 1e6
     for _ in range(max(5, min(200, round(seconds / slowest)))):
-        for name, run in providers.items():
-            timings[name].samples.append(_sample(run, repeats[name]))
+        for name in providers:
+            timings[name].samples.append(sample(name))
     for timing in timings.values():
         timing.samples.sort()
     return timings
@@ -137,16 +237,21 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _sample(run: Callable[[], object], repeats: int) -> float:
-    """Microseconds per call."""
-    if torch.cuda.is_available():
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / repeats
+def _device_time(run: Callable[[], object], repeats: int, host_us: float) -> float:
+    """Microseconds per call between events; the device sleeps until the host has called them all (10 ms at most)."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(round(min(1.5 * host_us * repeats + 50, 1e4) * 2000))  # cycles, at about 2 GHz
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / repeats
+
+
+def _host_time(run: Callable[[], object], repeats: int) -> float:
+    """Microseconds per call that the host is busy; on the CPU, which computes at once, all of them."""
+    _wait()
     began = time.perf_counter()
     for _ in range(repeats):
         run()
@@ -160,25 +265,32 @@ def _memory_and_host_time(run: Callable[[], object]) -> tuple[float | None, floa
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    began = time.perf_counter()
     run()
-    host = (time.perf_counter() - began) * 1e6
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6, host
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return peak, statistics.median(_host_time(run, 1) for _ in range(9))
 
 
-def _copy_of(moved: int) -> tuple[Callable[[], object], float]:
+def copy_of(moved: int) -> tuple[Callable[[], object], float]:
     """A copy that moves `moved` bytes (half of them read, half written), and how many copies those bytes are.
 
     `torch.clone` where the allocator keeps memory; on the CPU a copy into memory that is there, because clone
     would time the page faults of fresh memory.
     """
     size = min(moved, COPY_BYTES)
-    x = torch.ones(max(size // 8, 1), device=device())
-    if x.is_cuda:
-        return x.clone, moved / size
+    if device().type == "cuda":
+        return forward(torch.clone, lambda: (torch.randn(max(size // 8, 1), device=device()),)), moved / size
+    x = torch.ones(max(size // 8, 1))
     y = torch.ones_like(x)
     return lambda: y.copy_(x), moved / size
+
+
+def _why(error: Exception) -> str:
+    """Why a provider does not run, by what its first call raised: it declined, or it failed."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, NotImplementedError) and (asked := re.search(r'using\("(\w+)"\) asked', text)):
+        return re.findall(rf"^  {asked[1]}: (.+)$", text, re.MULTILINE)[0]
+    return f"{FAILS}{type(error).__name__}: {text.splitlines()[0]}"
 
 
 def compare(
@@ -186,31 +298,42 @@ def compare(
     shape: str,
     dtype: torch.dtype | str,
     mode: str,
-    providers: dict[str, Callable[[], object] | str],
+    providers: Providers,
     *,
     bytes: int | None = None,
     flops: int | None = None,
     quick: bool = False,
     seconds: float | None = None,
+    by_host: bool = False,
 ) -> Iterator[dict]:
     """Rows of one case, one per provider; a provider given as a string is absent, for the reason the string says.
+
+    So is one whose first call raises an error: an implementation that declines, or a bug.
 
     Args:
         family, shape, dtype, mode: what the case is; mode is "forward", "backward", "step", ...
         providers: name -> callable without arguments, or the reason why this peer is absent.
         bytes: those that must move (the floor); the row then holds its share of what a copy reaches.
         flops: those that must be computed.
-        quick, seconds: as `measure` takes them.
+        quick, seconds, by_host: as `measure` takes them.
     """
+    providers = dict(providers)
+    for name, run in providers.items():
+        if callable(run):
+            try:
+                run()
+                _wait()
+            except Exception as error:
+                providers[name] = _why(error)
     present = {name: run for name, run in providers.items() if callable(run)}
     copies = 1.0
     if bytes:
-        present["copy"], copies = _copy_of(bytes)
-    timings = measure(present, quick=quick, seconds=seconds)
+        present["copy"], copies = copy_of(bytes)
+    timings = measure(present, quick=quick, seconds=seconds, by_host=by_host) if present else {}
     floor = timings.pop("copy").quantile(0.5) * copies if bytes else None
     case = {"family": family, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "mode": mode}
     for name, run in providers.items():
-        row = dict.fromkeys(FIELDS, "") | case | {"provider": name} | _where_and_when()
+        row = dict.fromkeys(FIELDS, "") | case | {"provider": name} | where_and_when()
         row |= {"bytes": bytes or "", "flops": flops or ""}
         if not callable(run):
             yield row | {"absent": run}
@@ -227,12 +350,35 @@ def compare(
         yield row
 
 
-def write(rows: list[dict]) -> Path:
-    """Write one family's rows to results/<device>/<family>.csv and return the path."""
-    path = RESULTS / slug(rows[0]["device"]) / f"{rows[0]['family']}.csv"
+def both_ways(
+    family: str,
+    shape: str,
+    dtype: torch.dtype,
+    function: Callable,
+    peers: dict[str, Callable | str],
+    make: Callable[[], tuple],
+    bytes: tuple[int, int],
+    quick: bool,
+) -> Iterator[dict]:
+    """Rows of a function forward, with its graph for autograd, and backward; all functions take what `make` returns.
+
+    Args:
+        function, peers: ours and those of others, or the reasons why they are absent.
+        make: returns a set of inputs; each provider has its own, because some write into them.
+        bytes: the floors, forward and backward.
+    """
+    for mode, calling, moved in (("forward", forward, bytes[0]), ("backward", backward, bytes[1])):
+        providers = ours(family, functools.partial(calling, function, make))
+        providers |= {name: peer if isinstance(peer, str) else calling(peer, make) for name, peer in peers.items()}
+        yield from compare(family, shape, dtype, mode, providers, bytes=moved, quick=quick)
+
+
+def write(rows: list[dict], folder: Path | None = None) -> Path:
+    """Write one family's rows to <family>.csv in a folder, by default results/<device>, and return the path."""
+    path = (folder or RESULTS / slug(rows[0]["device"])) / f"{rows[0]['family']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
     return path
@@ -243,14 +389,15 @@ def show(rows: list[dict]) -> None:
     first = rows[0]
     print(f"\n{first['family']}  {first['shape']}  {first['dtype']}  {first['mode']}")
     ours = first["p50_us"] or math.nan
+    width = max(28, *(len(row["provider"]) for row in rows))
     for row in rows:
-        if "absent" in row:
-            print(f"  {row['provider']:<28} absent: {row['absent']}")
+        if row["absent"]:
+            print(f"  {row['provider']:<{width}} absent: {row['absent']}")
             continue
         share = f"{row['share_of_clone']:7.1%} of a copy" if row["share_of_clone"] != "" else ""
         print(
-            f"  {row['provider']:<28} {row['p50_us']:>12.1f} us  ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
+            f"  {row['provider']:<{width}} {row['p50_us']:>12.1f} us  ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
             f"  {row['p50_us'] / ours:6.2f} x  {share}"
         )
     if first.get("floor_us"):
-        print(f"  {'floor: bytes / copy rate':<28} {first['floor_us']:>12.1f} us")
+        print(f"  {'floor: bytes / copy rate':<{width}} {first['floor_us']:>12.1f} us")

@@ -87,8 +87,13 @@ def refusal(family: str, device: str) -> str | None:
     found = library(device)
     if isinstance(found, str):
         return found
-    built = found.build_info()["families"]
+    built = _families(found)
     return None if family in built else f"the compiled library has no {family}; it was built with {', '.join(built)}"
+
+
+@functools.cache
+def _families(found: ModuleType) -> tuple[str, ...]:
+    return tuple(found.build_info()["families"])
 
 
 def call(name: str, on: Tensor | torch.device, *args, touches: Iterable[Tensor] = ()) -> None:

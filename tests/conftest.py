@@ -1,5 +1,6 @@
 """What every test shares: the `gpu` mark, the compiled kernels, and a torchvision that imports beside a CPU torch."""
 
+import os
 from types import ModuleType
 
 import pytest
@@ -29,10 +30,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def emulated() -> ModuleType:
-    """The compiled library, built to be emulated on the CPU."""
+    """The compiled library, built to be emulated on the CPU; or the one at EVAKERNELS_EMULATED_LIBRARY."""
     if reason := build.missing():
         pytest.skip(reason)
-    library = native.load(build.library())
+    library = native.load(os.environ.get("EVAKERNELS_EMULATED_LIBRARY") or build.library())
     del native.loaded["cpu"]  # it serves the tests that ask for it, and no other
     return library
 

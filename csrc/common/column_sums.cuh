@@ -74,7 +74,10 @@ template <int kLanes = PartialStorage::kLanes>
 __global__ void __launch_bounds__(32 * kLanes) sum_partials_kernel(const ColumnSums sums, int blocks, int width) {
   auto& shared = shared_storage<PartialStorage>().at;
   const int column = blockIdx.x * 32 + threadIdx.x, k = blockIdx.y;
-  if (!sums.out[k]) return;
+  // Chosen, not indexed: an index known at run time would put the parameters on the stack.
+  void* const out = k == 0 ? sums.out[0] : k == 1 ? sums.out[1] : sums.out[2];
+  const Dtype dtype = k == 0 ? sums.dtype[0] : k == 1 ? sums.dtype[1] : sums.dtype[2];
+  if (!out) return;
   float sum = 0;
   if (column < width)
     for (long long b = threadIdx.y; b < blocks; b += kLanes)
@@ -85,12 +88,12 @@ __global__ void __launch_bounds__(32 * kLanes) sum_partials_kernel(const ColumnS
   sum = 0;
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) sum += shared[i][threadIdx.x];
-  if (sums.dtype[k] == Dtype::float32)
-    static_cast<float*>(sums.out[k])[column] = sum;
-  else if (sums.dtype[k] == Dtype::bfloat16)
-    static_cast<bf16*>(sums.out[k])[column] = from_float<bf16>(sum);
+  if (dtype == Dtype::float32)
+    static_cast<float*>(out)[column] = sum;
+  else if (dtype == Dtype::bfloat16)
+    static_cast<bf16*>(out)[column] = from_float<bf16>(sum);
   else
-    static_cast<half*>(sums.out[k])[column] = from_float<half>(sum);
+    static_cast<half*>(out)[column] = from_float<half>(sum);
 }
 
 inline Status sum_partials(const ColumnSums& sums, int blocks, int width, Stream stream) {

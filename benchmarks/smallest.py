@@ -1,0 +1,92 @@
+"""Every compiled kernel on its smallest shapes, forward and backward: what compute-sanitizer watches.
+
+`python -m benchmarks.smallest [--library PATH] [family ...]`
+"""
+
+import argparse
+import itertools
+import sys
+
+import torch
+from torch import Tensor
+
+import evakernels as ek
+from benchmarks import harness
+from evakernels import native
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=harness.device(), dtype=dtype).requires_grad_()
+
+
+def back(outputs: Tensor | tuple[Tensor, ...]) -> None:
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    torch.autograd.backward(outputs, [torch.randn_like(t) for t in outputs])
+
+
+def norm() -> None:
+    for width, dtype in itertools.product((64, 61), (torch.float32, torch.bfloat16, torch.float16)):
+        x, branch = new(2, 3, width, dtype=dtype), new(2, 3, width, dtype=dtype)
+        weight, bias, layer_scale = new(width), new(width), new(width)
+        row_scale = torch.tensor([0.0, 2.0], device=x.device)
+        back(ek.layer_norm(x, weight, bias))
+        back(ek.rms_norm(x, weight))
+        for scales in ({}, {"layer_scale": layer_scale, "row_scale": row_scale}):
+            back(ek.add_norm(x, branch, weight, bias, eps=1e-6, **scales))
+            back(ek.norm_add(x, branch, weight, bias, eps=1e-6, **scales))
+
+
+def swiglu() -> None:
+    for width, dtype in itertools.product((64, 61), (torch.float32, torch.bfloat16, torch.float16)):
+        gate, up, weight, bias = new(3, width, dtype=dtype), new(3, width, dtype=dtype), new(width), new(width)
+        back(ek.swiglu(gate, up))
+        back(ek.swiglu_norm(gate, up, weight, bias))
+        back(ek.swiglu_norm_packed(new(3, 128, dtype=dtype), weight, bias, width=width))
+
+
+def tokens() -> None:
+    device = harness.device()
+    for dtype in (torch.float32, torch.bfloat16):
+        kept = ek.sample_kept_tokens(3, 16, 7, seed=1, device=device)
+        back(ek.gather_tokens(new(3, 17, 24, dtype=dtype), kept))
+        back(ek.patchify(new(3, 3, 28, 28, dtype=dtype), 7, kept))
+
+
+def lamb() -> None:
+    parameters = [new(33, 5), new(7), new(64, dtype=torch.bfloat16)]
+    for options in ({}, {"max_grad_norm": 1.0, "trust": "group"}):
+        optimizer = ek.FusedLAMB(parameters, lr=1e-3, weight_decay=0.05, **options)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+
+
+FAMILIES = {"norm": norm, "swiglu": swiglu, "tokens": tokens, "lamb": lamb}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.smallest", description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help=f"some of {', '.join(FAMILIES)}; by default, all")
+    parser.add_argument("--library", help="a compiled library to load first, such as an emulated one")
+    given = parser.parse_args()
+    if given.library:
+        native.load(given.library)
+    absent = 0
+    for family in given.families or FAMILIES:
+        if family not in FAMILIES:
+            print(f"{family}: no compiled kernels")
+        elif why := native.refusal(family, harness.device().type):
+            print(f"{family}: absent: {why}")
+            absent += 1
+        else:
+            with ek.using("cuda"):
+                FAMILIES[family]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            print(f"{family}: ran")
+    sys.exit(absent > 0)
+
+
+if __name__ == "__main__":
+    main()
