@@ -29,7 +29,7 @@ def numbers(captions):
 
 def test_each_caption_names_the_digits_of_its_image():
     labels = load_digits().target
-    for images, captions in (Digits(64).batch(3), Digits(64).held_out(100)):
+    for images, captions in (Digits(64, shift=0).batch(3), Digits(64).held_out(100)):
         assert images.dtype == torch.float32 and images.shape == (len(captions), 1, 8, 24)
         written = [WORDS[labels[i]] for i in source(cells(images))]
         assert [" ".join(written[i : i + 3]) for i in range(0, len(written), 3)] == captions
@@ -57,7 +57,7 @@ def test_no_caption_comes_twice_in_a_batch_and_all_training_numbers_come():
 
 
 def test_numbers_and_handwriting_of_training_and_test_are_disjoint():
-    data = Digits(256)
+    data = Digits(256, shift=0)
     trained = [data.batch(step) for step in range(20)]
     images, captions = data.held_out()
     assert not set(numbers(captions)) & {n for _, c in trained for n in numbers(c)}
@@ -65,6 +65,26 @@ def test_numbers_and_handwriting_of_training_and_test_are_disjoint():
     tested = set(source(cells(images)))
     assert not hands & tested
     assert len(hands) == 1437 and len(tested) == 360  # all of the handwriting is in use
+
+
+def test_training_digits_are_shifted_each_by_itself_and_by_fractions_of_a_pixel():
+    still, captions = Digits(64, shift=0).batch(0)
+    moved, same = Digits(64).batch(0)
+    assert captions == same
+    # The centre of a digit's ink moves by up to 0.35 pixels down and right (a little less where ink leaves the image).
+    centres = []
+    for images in (still, moved):
+        ink = (cells(images) + 1).view(-1, 8, 8)
+        place = torch.arange(8.0)
+        total = ink.sum((1, 2))
+        centres.append(torch.stack([ink.sum(2) @ place / total, ink.sum(1) @ place / total]))
+    by = centres[1] - centres[0]
+    assert by.abs().max() < 0.36 and by.std() > 0.15 and by.mean().abs() < 0.05
+    ink = torch.full((2, 8, 8), -1.0).numpy()
+    ink[:, 3, 4] = 1
+    down, left = digits._shifted(ink, np.float32([[0.25, 0.0], [0.0, -1.0]]))
+    assert down[3, 4] == 0.5 and down[4, 4] == -0.5 and (down == -1).sum() == 62
+    assert left[3, 3] == 1 and (left == -1).sum() == 63
 
 
 def test_held_out_is_the_same_for_every_seed_and_shows_each_unseen_number_twice():
@@ -104,6 +124,7 @@ def test_the_tokenizer_knows_every_caption():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 8, "length": 7}, "length is 7; numbers of 1 to 6 digits"),
         ({"batch_size": 8, "train_fraction": 0.0}, "train_fraction is 0.0"),
+        ({"batch_size": 8, "shift": 1.5}, "shift is 1.5; digits move by 0 to 1 pixels"),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(arguments, sentence):

@@ -24,6 +24,8 @@ class Digits:
         seed: of the order of the batches, 0 to 2^64 - 1.
         length: digits per number, 1 to 6.
         train_fraction: share of all numbers that is trained on.
+        shift: each training digit moves by up to so many pixels both ways, 0 to 1, with linear interpolation: there
+            are 1,437 of them, too few to tell a hand from a place.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -32,7 +34,9 @@ class Digits:
     Source: E. Alpaydin and C. Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998.
     """
 
-    def __init__(self, batch_size: int, *, seed: int = 0, length: int = 3, train_fraction: float = 0.5):
+    def __init__(
+        self, batch_size: int, *, seed: int = 0, length: int = 3, train_fraction: float = 0.5, shift: float = 0.35
+    ):
         if not 1 <= length <= 6:
             raise ValueError(f"Digits: length is {length}; numbers of 1 to 6 digits can be written")
         if not 0 < train_fraction <= 1:
@@ -44,7 +48,9 @@ class Digits:
                 f"Digits: batch_size is {batch_size}, but there are {trained} training numbers of {length} digits and "
                 "no caption comes twice in a batch; choose a smaller batch or a greater length"
             )
-        self.batch_size, self.seed, self.length = batch_size, seed, length
+        if not 0 <= shift <= 1:
+            raise ValueError(f"Digits: shift is {shift}; digits move by 0 to 1 pixels")
+        self.batch_size, self.seed, self.length, self.shift = batch_size, seed, length, shift
         self.train_numbers, self.test_numbers = np.sort(numbers[:trained]), np.sort(numbers[trained:])
         self._train, self._test = _handwriting()
         self._powers = 10 ** np.arange(length - 1, -1, -1)
@@ -71,7 +77,7 @@ class Digits:
         """
         random = counter_random(self.seed, 0, step)
         digits = self._digits(random.choice(self.train_numbers, self.batch_size, replace=False))
-        return self._train.write(digits, random), self._written(digits)
+        return self._train.write(digits, random, self.shift), self._written(digits)
 
     def held_out(self, count: int = 1000) -> tuple[Tensor, list[str]]:
         """Numbers never trained on, in handwriting never trained on; the same for every seed.
@@ -108,11 +114,23 @@ class _Hand:
         self.counts = np.bincount(labels, minlength=10)
         self.starts = np.cumsum(self.counts) - self.counts
 
-    def write(self, digits: np.ndarray, random: np.random.Generator) -> Tensor:
-        """(B, L) digits, each in a handwriting of its own -> (B, 1, 8, 8 L)."""
+    def write(self, digits: np.ndarray, random: np.random.Generator, shift: float = 0) -> Tensor:
+        """(B, L) digits, each in a handwriting of its own and shifted by itself -> (B, 1, 8, 8 L)."""
         pick = self.starts[digits] + (random.random(digits.shape) * self.counts[digits]).astype(np.int64)
+        images = self.images[pick]
+        if shift:
+            images = _shifted(images, random.uniform(-shift, shift, (2, *digits.shape)).astype(np.float32))
         count, length = digits.shape
-        return torch.from_numpy(self.images[pick].transpose(0, 2, 1, 3).reshape(count, 1, SIDE, SIDE * length))
+        return torch.from_numpy(images.transpose(0, 2, 1, 3).reshape(count, 1, SIDE, SIDE * length))
+
+
+def _shifted(images: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """(..., 8, 8) images moved by (2, ...) pixels down and right, at most 1; what comes in is background."""
+    for axis, by in zip((-2, -1), pixels[..., None], strict=True):
+        wide = np.pad(np.moveaxis(images, axis, 0), [(1, 1)] + [(0, 0)] * (images.ndim - 1), constant_values=-1)
+        moved = np.maximum(by, 0) * wide[:-2] + (1 - abs(by)) * wide[1:-1] + np.maximum(-by, 0) * wide[2:]
+        images = np.moveaxis(moved, 0, axis)
+    return images
 
 
 @cache

@@ -180,13 +180,12 @@ _DIGITS = replace(
     channels=1,
     layers=3,
     mlp_ratio=2.625,
-    drop_path=0.1,
     init_std=0.07,
     position_init_std=0.2,
     head_init_scale=1.0,
 )
 _DIGITS_TEXT = TextConfig(
-    context=5, vocabulary=13, layers=2, width=64, heads=2, token_init_std=0.3, position_init_std=0.3
+    context=5, vocabulary=13, layers=1, width=128, heads=4, token_init_std=0.3, position_init_std=0.3
 )
 
 CONFIGS = {
