@@ -158,6 +158,7 @@ def compile_object(source: Path, flags: list[str], csrc: Path = CSRC) -> Path:
     if target.exists():
         target.touch()
         return target
+    BUILD.mkdir(exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     search = [option for folder in folders for option in ("-I", str(folder))]
     run(["g++", *flags, *search, "-x", "c++", "-c", str(source), "-o", str(part)])
@@ -195,13 +196,21 @@ def emulator() -> list[tuple[Path, list[str]]]:
     return [(HERE / name, emulator_flags()) for name in EMULATOR]
 
 
-def library(checked: bool = True, csrc: Path = CSRC, families: Iterable[str] | None = None) -> Path:
+def kernels(family: str, csrc: Path, checked: bool, defines: Iterable[str] = ()) -> list[tuple[Path, list[str]]]:
+    flags = [*kernel_flags(checked), *(f"-D{define}" for define in defines)]
+    return [(path, flags) for path in sorted((csrc / family).glob("*.cu"))]
+
+
+def library(
+    checked: bool = True, csrc: Path = CSRC, families: Iterable[str] | None = None, defines: Iterable[str] = ()
+) -> Path:
     """Build the library whose kernels run on the CPU, where it is not built already.
 
     Args:
         checked: every memory access of the kernels is checked, at about half the speed.
         csrc: the sources; a changed copy shares the objects of what it did not change.
         families: those of `csrc/<family>/bindings.cpp` to build; by default, all.
+        defines: macros for the sources with kernels.
 
     Raises:
         RuntimeError: something is `missing()`, or a source does not compile; the message has the compiler's words.
@@ -210,16 +219,15 @@ def library(checked: bool = True, csrc: Path = CSRC, families: Iterable[str] | N
         raise RuntimeError(why)
     csrc = Path(csrc).resolve()
     names = sorted(families if families is not None else (path.parent.name for path in csrc.glob("*/bindings.cpp")))
-    defines = {
+    facts = {
         "CUDA": f'"{cuda_version()}"',
         "ARCHITECTURES": '"emulated"',
         "FAMILIES": " ".join(f"FAMILY({name})" for name in names),
     }
-    top = [*binding_flags(), "-DEVAKERNELS_EMULATED", *(f"-DEVAKERNELS_{k}={v}" for k, v in defines.items())]
+    top = [*binding_flags(), "-DEVAKERNELS_EMULATED", *(f"-DEVAKERNELS_{k}={v}" for k, v in facts.items())]
     jobs = [(csrc / "bindings.cpp", top), *emulator()]
     for name in names:
-        jobs.append((csrc / name / "bindings.cpp", binding_flags()))
-        jobs += [(path, kernel_flags(checked)) for path in sorted((csrc / name).glob("*.cu"))]
+        jobs += [(csrc / name / "bindings.cpp", binding_flags()), *kernels(name, csrc, checked, defines)]
     return link(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}", jobs, csrc)
 
 
