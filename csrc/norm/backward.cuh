@@ -119,7 +119,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_backward_kernel(const Nor
         if (p.dbranch) store(dbranch, static_cast<Narrow*>(p.dbranch) + row * p.width, r, i);
       }
     });
-    if constexpr (kRoom) now = next;  // it was under way while this row was reduced
+    if constexpr (kRoom) {
+      now = next;  // it was under way while this row was reduced
+      forget(now.d), forget(now.x);  // or the compiler copies, and so waits for the loads, before the reduction
+    }
   }
 
   float* partial = p.partial + (long long)blockIdx.x * ColumnSums::kMost * p.width;

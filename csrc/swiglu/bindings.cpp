@@ -16,8 +16,8 @@ SwigluShape shape(int dtype, long long rows, int width, int padded, long long ga
 }
 
 void forward(int dtype, long long rows, int width, int padded, Address gate, long long gate_pitch, Address up,
-             long long up_pitch, Address weight, int weight_dtype, Address bias, int bias_dtype, Address y, Address mean,
-             Address rstd, float eps, int multiprocessors, Address stream_) {
+             long long up_pitch, Address weight, int weight_dtype, Address bias, int bias_dtype, Address y,
+             Address mean, Address rstd, float eps, int multiprocessors, Address stream_) {
   SwigluForward p{};
   p.shape = shape(dtype, rows, width, padded, gate_pitch, up_pitch);
   p.gate = pointer<void>(gate), p.up = pointer<void>(up);
