@@ -34,7 +34,8 @@ def run(command: list[str]) -> None:
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        # Not build_temp, which is new for every editable install: kernels that have not changed stay compiled.
+        build = Path("build", sys.implementation.cache_tag).resolve()
         options = [
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",

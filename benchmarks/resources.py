@@ -26,6 +26,8 @@ COUNTED = {
     "STG.128": ("STG", ".128"),
     "spills": ("STL", ""),
 }
+# Of kernels whose names begin otherwise than with their family's.
+FAMILIES = {"gather": "tokens", "patchify": "tokens", "sample": "tokens", "sum": "common"}
 FIELDS = ("family", "kernel", "architecture", "registers", "warps", "stack_bytes", "shared_bytes", *COUNTED)
 
 
@@ -88,7 +90,12 @@ def rows(path: Path) -> list[dict]:
                 row[key] += match[1].split(".")[0] == start and part in match[1]
     names = demangled(sorted({name for name, _ in found}))
     table = [
-        {"family": names[name].split("_")[0], "kernel": names[name], "architecture": architecture} | row
+        {
+            "family": FAMILIES.get(start := names[name].split("_")[0], start),
+            "kernel": names[name],
+            "architecture": architecture,
+        }
+        | row
         for (name, architecture), row in found.items()
     ]
     return sorted(table, key=lambda row: (row["family"], row["kernel"], row["architecture"]))
