@@ -96,6 +96,17 @@ def _families(found: ModuleType) -> tuple[str, ...]:
     return tuple(found.build_info()["families"])
 
 
+def row_refusal(width: int, sums: int, on: Tensor) -> str | None:
+    """Why a backward row kernel cannot take rows of this length, in a sentence; None when it can.
+
+    Where registers do not hold a row, its `sums` sums over rows lie in shared memory, as float32.
+    """
+    longest = (shared_memory(on.device) - 1024) // (4 * sums)
+    if width <= longest:
+        return None
+    return f"its backward kernels take rows of up to {longest} elements on this device, not {width}"
+
+
 def call(name: str, on: Tensor | torch.device, *args, touches: Iterable[Tensor] = ()) -> None:
     """Call a function of the compiled library on a device, in its current stream.
 

@@ -1,6 +1,8 @@
 """What every test shares: the `gpu` mark, the compiled kernels, and a torchvision that imports beside a CPU torch."""
 
 import os
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,6 +12,8 @@ from emulator import build
 import evakernels as ek
 from evakernels import native
 
+# `benchmarks` is no part of the distribution: its folder comes last, so that the installed evakernels is tested.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # the tensors here are small, and tests may run side by side
 
 if torch.version.cuda is None:

@@ -4,15 +4,12 @@ import csv
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from evakernels import native
-
-sys.path.append(str(Path(__file__).parents[1]))  # last, so that the installed evakernels is tested
 from benchmarks import resources
+from evakernels import native
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from torch import Tensor
 from evakernels import native
 
 NORM, ADD_NORM, NORM_ADD = range(3)  # `enum class NormKind` of csrc/norm/norm.hpp
-HELD = 5113  # elements of the longest row that registers hold, at any alignment
 
 
 def refuses(op: str, *args) -> str | None:
@@ -16,12 +15,10 @@ def refuses(op: str, *args) -> str | None:
         return reason
     if wrong := {t.dtype for t in tensors} - native.DTYPES.keys():
         return f"its kernels take float32, bfloat16 and float16, not {', '.join(map(str, wrong))}"
-    width = tensors[0].shape[-1]
-    if op.endswith("backward") and width > HELD:  # then the sums over rows lie in shared memory
+    if op.endswith("backward"):
         scaled = op != "norm_backward" and args[7 if op == "add_norm_backward" else 6] is not None
-        longest = (native.shared_memory(tensors[0].device) - 1024) // (4 * (3 if scaled else 2))
-        if width > longest:
-            return f"its backward kernels take rows of up to {longest} elements on this device, not {width}"
+        if reason := native.row_refusal(tensors[0].shape[-1], 3 if scaled else 2, tensors[0]):
+            return reason
     wide, narrow = _dtypes(op, args)
     if wide not in (narrow, torch.float32):
         return f"its kernels compute {narrow} beside the same dtype or float32, not {wide}"

@@ -19,10 +19,7 @@ def refuses(op: str, *args) -> str | None:
             return f"its kernels take gate and up of one dtype, not {gate.dtype} and {up.dtype}"
     weight = {"swiglu_backward": 3, "swiglu_packed_backward": 2}.get(op)
     if weight is not None and args[weight] is not None:
-        # The sums over rows of two gradients lie in shared memory where registers do not hold a row.
-        width, longest = len(args[weight]), (native.shared_memory(tensors[0].device) - 1024) // 8
-        if width > longest:
-            return f"its backward kernels take rows of up to {longest} elements on this device, not {width}"
+        return native.row_refusal(len(args[weight]), 2, tensors[0])
     return None
 
 
