@@ -15,6 +15,7 @@ from torch import Tensor
 
 MODULE = "evakernels._native"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum class Dtype` of csrc/launch.hpp
+ID_TYPES = {torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4}  # csrc/common/kept_ids.hpp
 
 loaded: dict[str, ModuleType] = {}  # by device type; what `load` was given goes before the installation's own
 
@@ -142,6 +143,14 @@ def _emulated(lib: ModuleType, function, plain: list, args: tuple) -> None:
         function(*plain, 0)
     finally:
         lib.untrack_all()
+
+
+def kept_ids(kept: Tensor | None, patches: int) -> tuple[Tensor | None, int, int]:
+    """Patch ids (batch, count), or None for all, as kernels take them: the ids, their type's code, their count."""
+    if kept is None:
+        return None, len(ID_TYPES), patches
+    kept = (kept if kept.dtype in ID_TYPES else kept.long()).contiguous()
+    return kept, ID_TYPES[kept.dtype], kept.shape[1]
 
 
 @functools.cache

@@ -189,6 +189,14 @@ EK_DEVICE void forget([[maybe_unused]] float& x) {
 #endif
 }
 
+// The same number, from which addresses are computed here and now, rather than before a loop that has better use for
+// the registers.
+EK_DEVICE int anew(int x) {
+  std::uint32_t bits = x;
+  forget(bits);
+  return bits;
+}
+
 EK_DEVICE float to_float(float x) { return x; }
 EK_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
 EK_DEVICE float to_float(half x) { return __half2float(x); }

@@ -8,7 +8,7 @@ namespace ek {
 template <class F>
 Status with_types(Dtype wide, Dtype narrow, F&& go) {
   if (narrow == Dtype::float32 && wide == Dtype::float32) return go(float{}, float{});
-#ifndef EVAKERNELS_FLOAT32_ALONE  // defined to compile a few kernels quickly (tests/emulator/plant.py)
+#ifndef EVAKERNELS_FEW_KERNELS  // defined to compile a few kernels quickly (tests/emulator/plant.py)
   if (narrow == Dtype::bfloat16 && wide == Dtype::bfloat16) return go(bf16{}, bf16{});
   if (narrow == Dtype::bfloat16 && wide == Dtype::float32) return go(float{}, bf16{});
   if (narrow == Dtype::float16 && wide == Dtype::float16) return go(half{}, half{});

@@ -36,7 +36,7 @@ Status with_kernel(Dtype dtype, bool norm, const RowPlan& plan, F&& go) {
   };
   auto with_norm = [&](auto t) { return norm ? with_plan(t, std::true_type{}) : with_plan(t, std::false_type{}); };
   if (dtype == Dtype::float32) return with_norm(float{});
-#ifndef EVAKERNELS_FLOAT32_ALONE  // defined to compile a few kernels quickly (tests/emulator/plant.py)
+#ifndef EVAKERNELS_FEW_KERNELS  // defined to compile a few kernels quickly (tests/emulator/plant.py)
   if (dtype == Dtype::bfloat16) return with_norm(bf16{});
   if (dtype == Dtype::float16) return with_norm(half{});
 #endif

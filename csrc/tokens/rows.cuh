@@ -1,6 +1,6 @@
 // Copies of rows and patches, by a unit of 1 to 16 bytes; each byte of the destination is written once.
 #pragma once
-#include "../common/primitives.cuh"
+#include "../common/kept_ids.cuh"
 #include "tokens.hpp"
 
 namespace ek {
@@ -8,19 +8,6 @@ namespace ek {
 constexpr int kCopyThreads = 256;
 constexpr int kInFlight = 4;       // loads of a thread before its first store
 constexpr int kMostSources = 256;  // tokens, or patches of a grid row, whose gradient one block writes
-
-EK_DEVICE long long read_id(const KeptIds& kept, long long at, int patches) {
-  long long id = 0;
-  switch (kept.type) {
-    case IdType::uint8: id = static_cast<const std::uint8_t*>(kept.data)[at]; break;
-    case IdType::int8: id = static_cast<const std::int8_t*>(kept.data)[at]; break;
-    case IdType::int16: id = static_cast<const std::int16_t*>(kept.data)[at]; break;
-    case IdType::int32: id = static_cast<const std::int32_t*>(kept.data)[at]; break;
-    case IdType::int64: id = static_cast<const std::int64_t*>(kept.data)[at]; break;
-    case IdType::all: id = unsigned(at) % unsigned(kept.count); break;
-  }
-  return max(0ll, min(id, patches - 1ll));
-}
 
 template <class Unit>
 EK_DEVICE const Unit* at_byte(const void* p, long long offset) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/kept_ids.hpp"
 #include "../launch.hpp"
 
 namespace ek {
@@ -16,17 +17,8 @@ struct SampleKeptTokens {
   int patches, keep;
 };
 
-// Codes of evakernels/ops/tokens/cuda.py.
-enum class IdType : int { uint8 = 0, int8 = 1, int16 = 2, int32 = 3, int64 = 4, all = 5 };
-
-// Patch ids (batch, count), contiguous; an id outside 0 ... patches - 1 counts as the nearest of them. Where an id
-// occurs twice in a row, the gradient is that of its last place.
-struct KeptIds {
-  const void* data;
-  IdType type;  // all: every patch, in order, and no data
-  int count;
-};
-
+// Where a kept id occurs twice in a row, the gradient is that of its last place.
+//
 // gather_tokens           to (batch, prefix + kept, row) = tokens of `from` (batch, tokens, row)
 // gather_tokens_backward  to (batch, tokens, row) = rows of `from` (batch, prefix + kept, row), or zero
 struct GatherTokens {

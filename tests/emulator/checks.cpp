@@ -78,8 +78,9 @@ void check_shared(Block& b, Fiber& f, const void* p, std::size_t bytes, Kind kin
         stop("race: write after read", c->reader);
       c->writer = me, c->write_epoch = b.epoch, c->write_order = order;
     } else {
+      const bool before = c->read_warp == warp && c->read_order < order;  // whoever waits for this read waits for that
       c->read_warp = read && c->read_warp != warp ? kMany : warp;
-      c->reader = all || (read && c->reader != me) ? kMany : me;
+      c->reader = all || (read && !before && c->reader != me) ? kMany : me;
       c->read_epoch = b.epoch, c->read_order = order;
     }
   }

@@ -53,7 +53,7 @@ def plants() -> list[Plant]:
 
 def library(family: str, csrc: Path = build.CSRC) -> Path:
     """The library of one family and, where it can be chosen, of one dtype."""
-    defines = ["EVAKERNELS_FLOAT32_ALONE"]
+    defines = ["EVAKERNELS_FEW_KERNELS"]
     for job in build.kernels(family, csrc, True, defines):
         build.compile_object(*job, csrc)  # library() compiles for one caller at a time
     return build.library(csrc=csrc, families=[family], defines=defines)

@@ -5,9 +5,6 @@ from torch import Tensor
 
 from evakernels import native
 
-ID_TYPES = {torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4}  # csrc/tokens/tokens.hpp
-ALL = 5
-
 
 def refuses(op: str, *args) -> str | None:
     on = args[0]  # a device, or a tensor
@@ -45,13 +42,15 @@ def gather_tokens_backward(dy: Tensor, kept: Tensor, prefix: int, tokens: int) -
 def _gather(name: str, source: Tensor, to: Tensor, kept: Tensor, prefix: int, tokens: int) -> None:
     source = _rows_contiguous(source)
     row = to.shape[2] * to.element_size()
-    native.call(name, to, source, to, *_byte_strides(source), *_ids(kept), to.shape[0], prefix, tokens, row)
+    native.call(
+        name, to, source, to, *_byte_strides(source), *native.kept_ids(kept, tokens), to.shape[0], prefix, tokens, row
+    )
 
 
 def patchify(images: Tensor, rows: int, columns: int, kept: Tensor | None) -> Tensor:
     batch, channels, height, width = images.shape
     images = _rows_contiguous(images)
-    ids = (None, ALL, (height // rows) * (width // columns)) if kept is None else _ids(kept)
+    ids = native.kept_ids(kept, (height // rows) * (width // columns))
     patches = images.new_empty((batch, ids[2], channels * rows * columns))
     _cut("patchify", images, patches, _byte_strides(images), ids, images, rows, columns)
     return patches
@@ -59,7 +58,7 @@ def patchify(images: Tensor, rows: int, columns: int, kept: Tensor | None) -> Te
 
 def patchify_backward(dy: Tensor, rows: int, columns: int, kept: Tensor | None, height: int, width: int) -> Tensor:
     dy = _rows_contiguous(dy)
-    ids = (None, ALL, dy.shape[1]) if kept is None else _ids(kept)
+    ids = native.kept_ids(kept, dy.shape[1])
     dimages = dy.new_empty((dy.shape[0], dy.shape[2] // (rows * columns), height, width))
     _cut("patchify_backward", dy, dimages, (*_byte_strides(dy), 0), ids, dimages, rows, columns)
     return dimages
@@ -69,12 +68,6 @@ def _cut(name: str, source: Tensor, to: Tensor, strides, ids: tuple, images: Ten
     batch, channels, height, width = images.shape
     grid = height // rows, width // columns
     native.call(name, to, source, to, *strides, *ids, batch, channels, *grid, rows, columns * to.element_size())
-
-
-def _ids(kept: Tensor) -> tuple[Tensor, int, int]:
-    """The ids as the kernels read them, their type's code, and how many a sample has."""
-    kept = (kept if kept.dtype in ID_TYPES else kept.long()).contiguous()
-    return kept, ID_TYPES[kept.dtype], kept.shape[1]
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+#include "backward.cuh"
+
+namespace ek {
+template Status launch_attention_backward<half>(AttentionBackward, int, Stream);
+}  // namespace ek

@@ -1,0 +1,48 @@
+// What both backward kernels make of a query and a key: the weight p = exp(score - lse), as in the forward pass, and the
+// gradient of the score, p * (dout . value - delta), where delta = dout . out is a number per query.
+#pragma once
+#include "softmax.cuh"
+#include "stage.cuh"
+
+namespace ek {
+
+// Per query: log2(e) * lse, infinite for queries that do not exist, whose weights are 0 then; and delta.
+struct Statistics {
+  float* lse;
+  int rows;
+
+  EK_DEVICE float* delta() const { return lse + rows; }
+  EK_DEVICE float* end() const { return delta() + rows; }
+
+  // Fills in the queries from `first` on, by `warps` warps of which this is number `warp`.
+  template <class T, int D>
+  EK_DEVICE void fill(const AttentionBackward& p, const Place& place, int first, int warp, int warps) const {
+    const int lane = anew(place.lane), part = lane % 4, tokens = p.shape.tokens;
+    for (int base = 8 * warp; base < rows; base += 8 * warps) {
+      const int row = base + lane / 4, token = first + row;
+      const bool exists = place.live && token < tokens;
+      float sum = 0;
+      if (exists) {
+        const T *a = place.row<T>(p.dout, token), *b = place.row<T>(p.out, token);
+        for (int c = part; c < D / kChunk; c += 4) {
+          alignas(16) T x[kChunk], y[kChunk];
+          copy_elements<kChunk>(x, a + c * kChunk), copy_elements<kChunk>(y, b + c * kChunk);
+#pragma unroll
+          for (int e = 0; e < kChunk; ++e) sum += to_float(x[e]) * to_float(y[e]);
+        }
+      }
+      sum = quad_sum(sum);
+      if (part) continue;
+      delta()[row] = sum;
+      lse[row] = exists ? kLog2e * p.lse[((long long)place.sample * p.shape.heads + place.head) * tokens + token]
+                        : INFINITY;
+    }
+  }
+};
+
+// The weight of one score, and in place of dout . value the gradient of the score.
+EK_DEVICE void differentiate(float& score, float& gradient, float scale, float lse, float delta, bool hidden) {
+  score = hidden ? 0 : fast_exp2(fmaf(score, scale, -lse));
+  gradient = score * (gradient - delta);
+}
+}  // namespace ek

@@ -1,0 +1,64 @@
+// Softmax over keys that arrive a few at a time: what is kept of a row is a reference, the sum of exp(score - reference)
+// and the output weighted with the same. The reference is not the maximum so far: it follows once it lags by more than
+// 2^8, so that the output is hardly ever scaled again, and nothing overflows (half holds 2^15).
+#pragma once
+#include "../common/primitives.cuh"
+
+namespace ek {
+
+// The largest or the sum over the four lanes that hold a row of a block.
+EK_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+EK_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Of the two rows of a block, 8 apart, of which this lane holds elements.
+struct OnlineSoftmax {
+  float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // `sum` of this lane's elements alone
+
+  // Turns the scores of 16 S keys into weights, exp2(scale * (score - reference)); `out` are the weighted sums so far.
+  // All lanes of a warp call it.
+  template <int S, int C>
+  EK_DEVICE void operator()(float (&score)[S][2][4], float (&out)[C][4], float scale) {
+    float top[2];
+    bool lags = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = score[0][0][2 * r];
+      each(score, r, [&](float x) { top[r] = fmaxf(top[r], x); });
+      top[r] = quad_max(top[r]);
+      lags |= (top[r] - reference[r]) * scale > 8;
+    }
+    if (__any_sync(0xffffffffu, lags)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        top[r] = fmaxf(top[r], reference[r]);
+        const float shrink = fast_exp2((reference[r] - top[r]) * scale);
+        reference[r] = top[r], sum[r] *= shrink;
+#pragma unroll
+        for (int c = 0; c < C; ++c) out[c][2 * r] *= shrink, out[c][2 * r + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float less = reference[r] * scale;
+      float total = 0;
+      each(score, r, [&](float& x) { total += x = fast_exp2(fmaf(x, scale, -less)); });
+      sum[r] += total;
+    }
+  }
+
+ private:
+  template <int S, class F>
+  EK_DEVICE static void each(float (&score)[S][2][4], int r, F&& f) {
+#pragma unroll
+    for (int s = 0; s < S; ++s)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) f(score[s][n][2 * r]), f(score[s][n][2 * r + 1]);
+  }
+};
+}  // namespace ek

@@ -1,0 +1,69 @@
+// Rows of a head on their way from global to shared memory.
+#pragma once
+#include "../common/rope.cuh"
+#include "mask.cuh"
+
+namespace ek {
+constexpr float kLog2e = 1.44269504f;  // exp(x) = exp2(x log2(e))
+
+struct alignas(128) SharedBytes {
+  unsigned char at[128];
+};
+
+// The head that this row of threads of the block works on. Blocks are (threads of a head, heads), grids (blocks of heads,
+// samples, blocks that share a head).
+struct Place {
+  int sample, head, threads, lane, warp, warps;
+  bool live;  // there is such a head; threads without one meet the others at barriers
+
+  EK_DEVICE Place(int first_sample, int heads)
+      : sample(first_sample + blockIdx.y), head(blockIdx.x * blockDim.y + threadIdx.y), threads(blockDim.x),
+        lane(threadIdx.x % 32), warp(threadIdx.x / 32), warps(blockDim.x / 32), live(head < heads) {}
+
+  template <class T>
+  EK_DEVICE T* row(const Heads& x, int token) const {
+    return static_cast<T*>(x.data) + anew(sample) * x.batch + anew(head) * x.head + token * x.token;
+  }
+  // How many of `rows` tokens from `first` on exist.
+  EK_DEVICE int exist(int first, int rows, int tokens) const { return live ? max(0, min(tokens - first, rows)) : 0; }
+};
+
+// Keys, turned, and values: all that a head has, or one of two stages of it.
+template <class T, int D>
+struct StagedKeys {
+  const Heads &k, &v;
+  const Rope& rope;
+  const Place& place;
+  int tokens;
+  int staged, next;  // keys that lie here at a time, and where the next stage begins; where streamed, a power of 2
+  Tile<T, D> keys, values;
+
+  EK_DEVICE static int rows(int tokens, int staged) { return staged < tokens ? 2 * staged : staged; }
+
+  // All threads of a head call these.
+  EK_DEVICE void fetch(int first, int slot) const {
+    const int valid = place.exist(first, staged, tokens), thread = anew(threadIdx.x);
+    copy_rows(keys.below(slot), place.row<T>(k, first), k.token, staged, valid, thread, place.threads);
+    copy_rows(values.below(slot), place.row<T>(v, first), v.token, staged, valid, thread, place.threads);
+    cp_async_commit();
+  }
+  EK_DEVICE void turn(int first, int slot) const {
+    turn_rows(keys.below(slot), rope, place.sample, first, place.exist(first, staged, tokens), anew(threadIdx.x),
+              place.threads);
+  }
+  EK_DEVICE bool streamed() const { return staged < tokens; }
+
+  // Where streamed: whether the keys from `key` on have to be brought; then by all threads, and `last` ends them all.
+  // Returns the row in which `key` lies.
+  EK_DEVICE int bring(int key, int last) {
+    const int slot = key & staged;
+    cp_async_wait<0>();
+    __syncthreads();  // the keys are there, and nobody reads the other stage any more
+    next = key + staged;
+    if (next < last) fetch(next, next & staged);
+    turn(key, slot);
+    __syncthreads();
+    return slot;
+  }
+};
+}  // namespace ek
