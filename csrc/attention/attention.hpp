@@ -15,7 +15,8 @@ struct Heads {
 struct AttentionShape {
   Dtype dtype;  // bfloat16 or float16
   int batch, tokens, heads, head_dim;
-  float scale;  // of the scores, positive
+  float scale;       // of the scores, positive
+  float scale_log2;  // scale * log2(e): exp(scale x) = exp2(scale_log2 x)
   bool causal;
 };
 

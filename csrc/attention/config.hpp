@@ -19,8 +19,8 @@ struct ForwardConfig {
   static constexpr int kTiles = D <= 64 ? 2 : 1;
   // Keys between two looks at the maximum of a row. More cost registers: 8 for 16 keys, times kTiles.
   static constexpr int kStep = 32;
-  // D registers hold 16 outputs and queries; 128 in all suffice up to D = 80, and 168 always.
-  static constexpr int kWarps = kTiles == 1 && D <= 80 ? 16 : 12;
+  // D registers hold 16 outputs and queries; 128 in all suffice for D = 72, and 168 always.
+  static constexpr int kWarps = kTiles == 1 && D <= 72 ? 16 : 12;
 };
 
 // How a forward kernel is launched.
@@ -66,6 +66,8 @@ template <int D>
 struct BackwardConfig {
   // D registers hold the dk and dv of a warp's 16 keys, and about 60 more what is made of a tile.
   static constexpr int kWarps = D <= 64 ? 16 : D <= 112 ? 12 : 8;
+  // Of the product for dq, sums that do not wait for each other: two, where registers hold them.
+  static constexpr int kSums = (kWarps == 16 ? 128 : kWarps == 12 ? 168 : 255) - D > 64 ? 2 : 1;
 };
 
 // How the backward kernels are launched.

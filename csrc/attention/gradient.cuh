@@ -17,10 +17,10 @@ struct Statistics {
   // Fills in the queries from `first` on, by `warps` warps of which this is number `warp`.
   template <class T, int D>
   EK_DEVICE void fill(const AttentionBackward& p, const Place& place, int first, int warp, int warps) const {
-    const int lane = anew(place.lane), part = lane % 4, tokens = p.shape.tokens;
+    const int lane = anew(place.lane()), part = lane % 4, tokens = p.shape.tokens;
     for (int base = 8 * warp; base < rows; base += 8 * warps) {
       const int row = base + lane / 4, token = first + row;
-      const bool exists = place.live && token < tokens;
+      const bool exists = place.live() && token < tokens;
       float sum = 0;
       if (exists) {
         const T *a = place.row<T>(p.dout, token), *b = place.row<T>(p.out, token);
@@ -34,7 +34,7 @@ struct Statistics {
       sum = quad_sum(sum);
       if (part) continue;
       delta()[row] = sum;
-      lse[row] = exists ? kLog2e * p.lse[((long long)place.sample * p.shape.heads + place.head) * tokens + token]
+      lse[row] = exists ? 1.44269504f * p.lse[place.index(token, tokens)]
                         : INFINITY;
     }
   }

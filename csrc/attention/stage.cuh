@@ -4,8 +4,6 @@
 #include "mask.cuh"
 
 namespace ek {
-constexpr float kLog2e = 1.44269504f;  // exp(x) = exp2(x log2(e))
-
 struct alignas(128) SharedBytes {
   unsigned char at[128];
 };
@@ -13,19 +11,27 @@ struct alignas(128) SharedBytes {
 // The head that this row of threads of the block works on. Blocks are (threads of a head, heads), grids (blocks of heads,
 // samples, blocks that share a head).
 struct Place {
-  int sample, head, threads, lane, warp, warps;
-  bool live;  // there is such a head; threads without one meet the others at barriers
+  int first_sample, heads;
 
-  EK_DEVICE Place(int first_sample, int heads)
-      : sample(first_sample + blockIdx.y), head(blockIdx.x * blockDim.y + threadIdx.y), threads(blockDim.x),
-        lane(threadIdx.x % 32), warp(threadIdx.x / 32), warps(blockDim.x / 32), live(head < heads) {}
+  // Functions, so that none of them has to be held in a register.
+  EK_DEVICE int lane() const { return threadIdx.x % 32; }
+  EK_DEVICE int warp() const { return threadIdx.x / 32; }
+  EK_DEVICE int sample() const { return first_sample + blockIdx.y; }
+  EK_DEVICE int head() const { return blockIdx.x * blockDim.y + threadIdx.y; }
+  EK_DEVICE int threads() const { return blockDim.x; }
+  EK_DEVICE int warps() const { return blockDim.x / 32; }
+  EK_DEVICE bool live() const { return head() < heads; }  // else its threads only meet the others at barriers
 
   template <class T>
   EK_DEVICE T* row(const Heads& x, int token) const {
-    return static_cast<T*>(x.data) + anew(sample) * x.batch + anew(head) * x.head + token * x.token;
+    return static_cast<T*>(x.data) + anew(sample()) * x.batch + anew(head()) * x.head + token * x.token;
+  }
+  // The index of a token in (batch, heads, tokens).
+  EK_DEVICE long long index(int token, int tokens) const {
+    return ((long long)anew(sample()) * heads + anew(head())) * tokens + token;
   }
   // How many of `rows` tokens from `first` on exist.
-  EK_DEVICE int exist(int first, int rows, int tokens) const { return live ? max(0, min(tokens - first, rows)) : 0; }
+  EK_DEVICE int exist(int first, int rows, int tokens) const { return live() ? max(0, min(tokens - first, rows)) : 0; }
 };
 
 // Keys, turned, and values: all that a head has, or one of two stages of it.
@@ -43,13 +49,13 @@ struct StagedKeys {
   // All threads of a head call these.
   EK_DEVICE void fetch(int first, int slot) const {
     const int valid = place.exist(first, staged, tokens), thread = anew(threadIdx.x);
-    copy_rows(keys.below(slot), place.row<T>(k, first), k.token, staged, valid, thread, place.threads);
-    copy_rows(values.below(slot), place.row<T>(v, first), v.token, staged, valid, thread, place.threads);
+    copy_rows(keys.below(slot), place.row<T>(k, first), k.token, staged, valid, thread, place.threads());
+    copy_rows(values.below(slot), place.row<T>(v, first), v.token, staged, valid, thread, place.threads());
     cp_async_commit();
   }
   EK_DEVICE void turn(int first, int slot) const {
-    turn_rows(keys.below(slot), rope, place.sample, first, place.exist(first, staged, tokens), anew(threadIdx.x),
-              place.threads);
+    turn_rows(keys.below(slot), rope, place.sample(), first, place.exist(first, staged, tokens), anew(threadIdx.x),
+              place.threads());
   }
   EK_DEVICE bool streamed() const { return staged < tokens; }
 

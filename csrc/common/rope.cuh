@@ -79,6 +79,7 @@ template <class T, int D>
 EK_DEVICE void turn_rows(const Tile<T, D>& tile, const Rope& rope, int sample, int first, int rows, int thread,
                          int threads) {
   auto all = [&](auto interleaved) {
+#pragma unroll 1
     for (int i = thread; i < rows * tile.kChunks; i += threads) {
       const int row = i / tile.kChunks, u = i % tile.kChunks;
       const Angles<D> angles(rope, sample, first + row);
@@ -104,6 +105,7 @@ template <class T, int D>
 EK_DEVICE void store_rows(T* to, long long stride, const Tile<float, D>& tile, float scale, const Rope& rope,
                           int sample, int first, int rows, int thread, int threads) {
   auto all = [&](auto interleaved) {
+#pragma unroll 1
     for (int i = thread; i < rows * tile.kChunks; i += threads) {
       const int row = i / tile.kChunks, u = i % tile.kChunks;
       const Angles<D> angles(rope, sample, first + row);
