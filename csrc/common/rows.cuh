@@ -199,4 +199,11 @@ inline RowPlan row_plan(long long rows, int width, bool aligned, int multiproces
   plan.blocks = int(enough < most ? enough : (most + 7) / 8 * 8);
   return plan;
 }
+
+// Calls `go(Held, Aligned)` with the plan's choices as constants; there is one kernel for all rows that are not held.
+template <class F>
+Status with_plan(const RowPlan& plan, F&& go) {
+  if (!plan.held) return go(std::false_type{}, std::false_type{});
+  return plan.aligned ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
+}
 }  // namespace ek

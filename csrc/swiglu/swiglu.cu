@@ -25,16 +25,13 @@ RowPlan plan_of(const SwigluBackward& p, int multiprocessors) {
   return plan_of(p.shape, tensors, p.dy_pitch | p.gradient_pitch, multiprocessors);
 }
 
-// Calls `go(T, Norm, Held, Aligned)` with a value of the element type, and the choices as constants; there is one
-// kernel for all rows that are not held.
+// Calls `go(T, Norm, Held, Aligned)` with a value of the element type, and the choices as constants.
 template <class F>
 Status with_kernel(Dtype dtype, bool norm, const RowPlan& plan, F&& go) {
-  auto with_plan = [&](auto t, auto norm) {
-    if (!plan.held) return go(t, norm, std::false_type{}, std::false_type{});
-    if (plan.aligned) return go(t, norm, std::true_type{}, std::true_type{});
-    return go(t, norm, std::true_type{}, std::false_type{});
+  auto with = [&](auto t, auto norm) {
+    return with_plan(plan, [&](auto held, auto aligned) { return go(t, norm, held, aligned); });
   };
-  auto with_norm = [&](auto t) { return norm ? with_plan(t, std::true_type{}) : with_plan(t, std::false_type{}); };
+  auto with_norm = [&](auto t) { return norm ? with(t, std::true_type{}) : with(t, std::false_type{}); };
   if (dtype == Dtype::float32) return with_norm(float{});
 #ifndef EVAKERNELS_FLOAT32_ALONE  // defined to compile a few kernels quickly (tests/emulator/plant.py)
   if (dtype == Dtype::bfloat16) return with_norm(bf16{});
