@@ -49,8 +49,9 @@ int swiglu_blocks(long long rows, int padded, int multiprocessors) {
 Status swiglu_forward(const SwigluForward& p, int multiprocessors, Stream stream) {
   const RowPlan plan = plan_of(p, multiprocessors);
   return with_kernel(p.shape.dtype, p.weight, plan, [&](auto t, auto norm, auto held, auto aligned) {
-    return launch(swiglu_forward_kernel<decltype(t), norm(), held(), aligned()>, dim3(plan.blocks),
-                  dim3(plan.threads, plan.groups), sizeof(SwigluForwardStorage), stream, p);
+    const auto kernel = swiglu_forward_kernel<decltype(t), norm(), held(), aligned()>;
+    const int blocks = row_blocks(plan, multiprocessors, kernel, sizeof(SwigluForwardStorage));
+    return launch(kernel, dim3(blocks), dim3(plan.threads, plan.groups), sizeof(SwigluForwardStorage), stream, p);
   });
 }
 
@@ -59,12 +60,14 @@ Status swiglu_backward(const SwigluBackward& p, int multiprocessors, Stream stre
   size_t shared = sizeof(SwigluBackwardStorage);
   const int side_by_side = plan.held ? 1 : 2;  // see the kernel
   if (p.weight) shared += side_by_side * ColumnSum<true, false>::shared_bytes(plan, p.shape.width);
+  int blocks = 0;
   const Status status = with_kernel(p.shape.dtype, p.weight, plan, [&](auto t, auto norm, auto held, auto aligned) {
-    return launch(swiglu_backward_kernel<decltype(t), norm(), held(), aligned()>, dim3(plan.blocks),
-                  dim3(plan.threads, plan.groups), shared, stream, p);
+    const auto kernel = swiglu_backward_kernel<decltype(t), norm(), held(), aligned()>;
+    blocks = row_blocks(plan, multiprocessors, kernel, shared);
+    return launch(kernel, dim3(blocks), dim3(plan.threads, plan.groups), shared, stream, p);
   });
   if (!status.ok() || !p.weight) return status;
   const ColumnSums sums{p.partial, {p.dweight, p.dbias}, {p.weight_dtype, p.weight_dtype}, 2};
-  return sum_partials(sums, plan.blocks, p.shape.width, stream);
+  return sum_partials(sums, blocks, p.shape.width, stream);
 }
 }  // namespace ek
