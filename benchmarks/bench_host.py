@@ -1,4 +1,8 @@
-"""What a call costs the host: layer_norm on a tiny tensor, step by step from the public function to the bare kernel."""
+"""What a call costs the host: layer_norm on a tiny tensor, step by step from the public function to the bare kernel.
+
+`python -m benchmarks --family host` times the steps in turns, for their differences and the CSV file; `python -m pytest
+-n 0 benchmarks/bench_host.py` one after another by pytest-benchmark, with its calibration, statistics and comparisons.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -20,10 +24,7 @@ OVER = {  # what a step adds: one provider's time less another's
 
 def rows(quick: bool) -> Iterator[dict]:
     """Microseconds of the host per call without waiting for the device, and differences of their medians."""
-    device = harness.device()
-    x = torch.empty(ROWS, WIDTH, device=device)
-    absent = dispatch.refusal("norm", "cuda", "norm", (x, x[0], None, EPS, False, x.dtype))
-    implementation = "reference" if absent else "cuda"
+    implementation, absent = serving()
     with ek.using(implementation):
         found = list(
             harness.compare(
@@ -44,6 +45,28 @@ def rows(quick: bool) -> Iterator[dict]:
         more = round(median[step] - median[less], 2) if known else ""
         why = "" if known else absent or "a step of it is absent"
         yield row | {"p20_us": more, "p50_us": more, "p80_us": more, "absent": why}
+
+
+def pytest_generate_tests(metafunc) -> None:
+    metafunc.parametrize("step", steps(*serving()))
+
+
+def test_host_time(benchmark, step: str) -> None:
+    implementation, absent = serving()
+    run = steps(implementation, absent)[step]
+    if isinstance(run, str):
+        import pytest
+
+        pytest.skip(run)
+    with ek.using(implementation):
+        benchmark(run)
+
+
+def serving() -> tuple[str, str | None]:
+    """Which implementation is timed, and why it is not the compiled library where it is not."""
+    x = torch.empty(ROWS, WIDTH, device=harness.device())
+    absent = dispatch.refusal("norm", "cuda", "norm", (x, x[0], None, EPS, False, x.dtype))
+    return "reference" if absent else "cuda", absent
 
 
 def steps(implementation: str, absent: str | None) -> harness.Providers:

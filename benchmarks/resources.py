@@ -1,7 +1,9 @@
 """What the compilers make of each CUDA kernel: registers, spills, shared memory, occupancy, and telling instructions.
 
 `python -m benchmarks.resources` reads the compiled library with cuobjdump (of a CUDA toolkit, or of Triton's wheel) and
-writes `benchmarks/results/resources-cuda-<version>.csv`. Nothing is run, so no GPU is needed.
+writes `benchmarks/results/resources-cuda-<version>.csv`. Nothing is run, so no GPU is needed. Threads of a block and
+its shared memory, on which occupancy depends as well, are decided by the host: the emulated library is called at
+telling sizes, and what it would launch is written down.
 """
 
 import argparse
@@ -12,9 +14,16 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest import mock
 
-from benchmarks.harness import RESULTS
+import torch
+
+import evakernels as ek
+from benchmarks import harness, smallest
 from evakernels import native
 
 # Instructions to count, by the start of their SASS mnemonic and a part it must have.
@@ -28,7 +37,33 @@ COUNTED = {
 }
 # Of kernels whose names begin otherwise than with their family's.
 FAMILIES = {"gather": "tokens", "patchify": "tokens", "sample": "tokens", "sum": "common"}
-FIELDS = ("family", "kernel", "architecture", "registers", "warps", "stack_bytes", "shared_bytes", *COUNTED)
+# `warps` are on a multiprocessor at once where each block is launched as in `at`.
+FIELDS = (
+    *("family", "kernel", "architecture", "registers", "stack_bytes"),
+    *("at", "threads", "shared_bytes", "blocks", "warps", *COUNTED),
+)
+
+# Calls that together launch every kernel. Of a kernel launched by several the first counts.
+CALLS = {
+    "width 1024": partial(smallest.norm, [1024]),
+    "width 1021": partial(smallest.norm, [1021]),
+    "width 2730": partial(smallest.swiglu, [2730]),
+    "width 2048": partial(smallest.swiglu, [2048]),
+    "width 6144": lambda: (smallest.norm([6144]), smallest.swiglu([6144])),
+    "224 by 14": partial(smallest.tokens, 224, 14),
+    "any size": smallest.lamb,
+}
+KIB = 1024
+SHARED_MEMORY = {"sm_80": 164 * KIB, "sm_90": 228 * KIB}  # of a multiprocessor
+RESERVED = KIB  # of it, in each block, by CUDA
+
+
+class Launch(NamedTuple):
+    """Threads and bytes of shared memory of a block, in one of the `CALLS`."""
+
+    at: str
+    threads: int
+    shared: int
 
 
 def cuobjdump() -> str | None:
@@ -56,18 +91,44 @@ def demangled(names: list[str]) -> dict[str, str]:
 
 def short(name: str) -> str:
     """`norm_forward_kernel<1, float, bf16, 1, 0>` of a kernel's full signature."""
-    name = re.sub(r"ek::|^void |\((?:anonymous namespace)\)::|\([A-Za-z]+\)(?=\d)", "", name).split("(")[0]
+    name = re.sub(r"ek::|^void |\(anonymous namespace\)::", "", name)
+    name = re.sub(r"\([A-Za-z]+\)(?=\d)", "", name).split("(")[0]  # (NormKind)1
     name = name.replace("__nv_bfloat16", "bf16").replace("__half", "half").replace("unsigned char", "byte")
     return name.replace("true", "1").replace("false", "0")
 
 
-def warps(registers: int) -> int:
-    """How many warps the registers of a multiprocessor hold (65536 of them, given out 8 at a time); 64 at most."""
-    return min(64, 65536 // (-(-registers // 8) * 8 * 32))
+def launches(emulated: ModuleType, architecture: str) -> dict[str, Launch]:
+    """How the host functions launch each kernel, by its name; and by its name without template arguments."""
+    symbols = subprocess.run(["nm", str(emulated.__file__)], capture_output=True, text=True, check=True).stdout
+    at_offset = {int(m[1], 16): m[2] for m in re.finditer(r"^(\w+) [tTwW] (\S+)$", symbols, re.MULTILINE)}
+    found: dict[str, Launch] = {}
+    with (
+        mock.patch.dict(native.loaded, {"cpu": emulated}),
+        mock.patch.object(native, "shared_memory", lambda _: SHARED_MEMORY[architecture] - RESERVED),
+        mock.patch.object(harness, "device", lambda: torch.device("cpu")),
+        ek.using("cuda"),
+    ):
+        for at, call in CALLS.items():
+            made = emulated.launches(call)
+            names = demangled(sorted({at_offset[offset] for offset, *_ in made}))
+            for offset, threads, shared in made:
+                name = names[at_offset[offset]]
+                for key in (name, name.split("<")[0]):
+                    found.setdefault(key, Launch(at, threads, shared))
+    return found
 
 
-def rows(path: Path) -> list[dict]:
-    """One row per kernel and architecture of a compiled library."""
+def blocks(registers: int, threads: int, shared: int, architecture: str) -> int:
+    """How many blocks are on a multiprocessor at once, by registers, shared memory, warps (64) and blocks (32)."""
+    warps = -(-threads // 32)
+    # Each quarter of a multiprocessor has 16384 registers, given to warps 256 at a time; shared memory, 128 bytes.
+    by_registers = 16384 // (-(-registers * 32 // 256) * 256) * 4 // warps
+    by_shared = SHARED_MEMORY[architecture] // (-(-(shared + RESERVED) // 128) * 128)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+def rows(path: Path, emulated: ModuleType) -> list[dict]:
+    """One row per kernel and architecture of a compiled library; the emulated one knows the launches."""
     found: dict[tuple[str, str], dict] = {}
     architecture = ""
     for line in dump("-res-usage", path).splitlines():
@@ -77,8 +138,7 @@ def rows(path: Path) -> list[dict]:
             name = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             registers, stack, shared = map(int, match.groups())
-            found[name, architecture] = {"registers": registers, "warps": warps(registers)}
-            found[name, architecture] |= {"stack_bytes": stack, "shared_bytes": shared}
+            found[name, architecture] = {"registers": registers, "stack_bytes": stack, "shared_bytes": shared}
     for line in dump("-sass", path).splitlines():
         if match := re.search(r"arch = (sm_\d+)", line):
             architecture = match[1]
@@ -89,21 +149,25 @@ def rows(path: Path) -> list[dict]:
             for key, (start, part) in COUNTED.items():
                 row[key] += match[1].split(".")[0] == start and part in match[1]
     names = demangled(sorted({name for name, _ in found}))
-    table = [
-        {
-            "family": FAMILIES.get(start := names[name].split("_")[0], start),
-            "kernel": names[name],
-            "architecture": architecture,
-        }
-        | row
-        for (name, architecture), row in found.items()
-    ]
+    launched = {architecture: launches(emulated, architecture) for architecture in {a for _, a in found}}
+    table = []
+    for (name, architecture), row in found.items():
+        kernel = names[name]
+        start = kernel.split("_")[0]
+        launch = launched[architecture].get(kernel) or launched[architecture].get(kernel.split("<")[0])
+        assert launch, f"nothing launches {kernel}: add a call to CALLS"
+        # From sm_90 on, ptxas counts what CUDA reserves.
+        row["shared_bytes"] += launch.shared - (RESERVED if architecture >= "sm_90" else 0)
+        row["blocks"] = blocks(row["registers"], launch.threads, row["shared_bytes"], architecture)
+        row["warps"] = row["blocks"] * -(-launch.threads // 32)
+        row |= {"family": FAMILIES.get(start, start), "kernel": kernel, "architecture": architecture}
+        table.append(row | {"at": launch.at, "threads": launch.threads})
     return sorted(table, key=lambda row: (row["family"], row["kernel"], row["architecture"]))
 
 
 def table(version: str) -> Path:
     """The committed table of a CUDA version such as 13.0.88: another compiler allots other registers."""
-    return RESULTS / f"resources-cuda-{'.'.join(version.split('.')[:2])}.csv"
+    return harness.RESULTS / f"resources-cuda-{'.'.join(version.split('.')[:2])}.csv"
 
 
 def spilling(found: list[dict]) -> list[str]:
@@ -115,14 +179,23 @@ def spilling(found: list[dict]) -> list[str]:
     ]
 
 
+def built() -> Path:
+    """The emulated library of these sources."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from emulator import build
+
+    return build.library()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, help="a compiled library; by default, the installed one")
+    parser.add_argument("--emulated", type=Path, help="the emulated library; by default, it is built")
     given = parser.parse_args()
     library = native.load(given.library) if given.library else native.library()
     if isinstance(library, str) or not cuobjdump():
         sys.exit(library if isinstance(library, str) else "cuobjdump is missing; it comes with CUDA and with triton")
-    found = rows(Path(library.__file__ or ""))
+    found = rows(Path(library.__file__ or ""), native.load(given.emulated or built()))
     path = table(library.build_info()["cuda"])
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

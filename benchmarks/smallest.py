@@ -6,6 +6,7 @@
 import argparse
 import itertools
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 import evakernels as ek
 from benchmarks import harness
 from evakernels import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -24,32 +27,37 @@ def back(outputs: Tensor | tuple[Tensor, ...]) -> None:
     torch.autograd.backward(outputs, [torch.randn_like(t) for t in outputs])
 
 
-def norm() -> None:
-    for width, dtype in itertools.product((64, 61), (torch.float32, torch.bfloat16, torch.float16)):
-        x, branch = new(2, 3, width, dtype=dtype), new(2, 3, width, dtype=dtype)
+def norm(widths: Iterable[int] = (64, 61)) -> None:
+    wide, bf16, half = DTYPES
+    for width, (stream, dtype) in itertools.product(
+        widths, ((wide, wide), (bf16, bf16), (half, half), (wide, bf16), (wide, half))
+    ):
+        x, branch = new(2, 3, width, dtype=stream), new(2, 3, width, dtype=dtype)
         weight, bias, layer_scale = new(width), new(width), new(width)
         row_scale = torch.tensor([0.0, 2.0], device=x.device)
-        back(ek.layer_norm(x, weight, bias))
-        back(ek.rms_norm(x, weight))
-        for scales in ({}, {"layer_scale": layer_scale, "row_scale": row_scale}):
-            back(ek.add_norm(x, branch, weight, bias, eps=1e-6, **scales))
-            back(ek.norm_add(x, branch, weight, bias, eps=1e-6, **scales))
+        with torch.autocast(x.device.type, dtype, enabled=dtype != stream):
+            back(ek.layer_norm(x, weight, bias))
+            back(ek.rms_norm(x, weight))
+            for scales in ({}, {"layer_scale": layer_scale, "row_scale": row_scale}):
+                back(ek.add_norm(x, branch, weight, bias, eps=1e-6, **scales))
+                back(ek.norm_add(x, branch, weight, bias, eps=1e-6, **scales))
 
 
-def swiglu() -> None:
-    for width, dtype in itertools.product((64, 61), (torch.float32, torch.bfloat16, torch.float16)):
+def swiglu(widths: Iterable[int] = (64, 61)) -> None:
+    for width, dtype in itertools.product(widths, DTYPES):
         gate, up, weight, bias = new(3, width, dtype=dtype), new(3, width, dtype=dtype), new(width), new(width)
         back(ek.swiglu(gate, up))
         back(ek.swiglu_norm(gate, up, weight, bias))
-        back(ek.swiglu_norm_packed(new(3, 128, dtype=dtype), weight, bias, width=width))
+        padded = (width + 7) // 8 * 8
+        back(ek.swiglu_norm_packed(new(3, 2 * padded, dtype=dtype), weight, bias, width=width))
 
 
-def tokens() -> None:
-    device = harness.device()
+def tokens(image: int = 28, patch: int = 7) -> None:
+    device, patches = harness.device(), (image // patch) ** 2
     for dtype in (torch.float32, torch.bfloat16):
-        kept = ek.sample_kept_tokens(3, 16, 7, seed=1, device=device)
-        back(ek.gather_tokens(new(3, 17, 24, dtype=dtype), kept))
-        back(ek.patchify(new(3, 3, 28, 28, dtype=dtype), 7, kept))
+        kept = ek.sample_kept_tokens(3, patches, patches // 2, seed=1, device=device)
+        back(ek.gather_tokens(new(3, 1 + patches, 24, dtype=dtype), kept))
+        back(ek.patchify(new(3, 3, image, image, dtype=dtype), patch, kept))
 
 
 def lamb() -> None:

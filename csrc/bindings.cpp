@@ -5,6 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#ifdef EVAKERNELS_EMULATED
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+#endif
 
 namespace py = pybind11;
 
@@ -22,6 +28,7 @@ EVAKERNELS_FAMILIES
 extern "C" void emu_track(void* address, std::size_t bytes);
 extern "C" void emu_untrack_all();
 extern "C" unsigned long emu_bank_conflicts();
+extern "C" void emu_record(std::vector<std::array<std::size_t, 3>>* launches);
 #endif
 
 PYBIND11_MODULE(_native, m) {
@@ -53,5 +60,17 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "bank_conflicts", [] { return emu_bank_conflicts(); },
         "Extra passes over shared memory that ldmatrix needed since the last call.");
+    m.def(
+        "launches",
+        [](const py::function& go) {
+            std::vector<std::array<std::size_t, 3>> launches;
+            emu_record(&launches);
+            struct End {
+                ~End() { emu_record(nullptr); }
+            } end;
+            go();
+            return launches;
+        },
+        "What `go` launches, which does not run: the kernel's place in this file, threads of a block, shared memory.");
 #endif
 }

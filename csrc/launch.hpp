@@ -32,6 +32,16 @@ struct [[nodiscard]] Status {
 
 #if defined(__CUDACC__)
 
+// How many blocks of a kernel a multiprocessor has at once.
+template <class... P>
+int resident_blocks(void (*kernel)(P...), int threads, std::size_t shared) {
+  int blocks = 0;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared) != cudaSuccess)
+    cudaGetLastError();  // launch() says what is wrong
+  return blocks > 0 ? blocks : 1;
+}
+
 // Launches `kernel` with `shared` bytes of dynamic shared memory; arguments are converted to the kernel's parameters.
 template <class... P, class... A>
 Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared, Stream stream, A&&... args) {
@@ -53,6 +63,11 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared, S
 }
 
 #elif defined(EVAKERNELS_EMULATED)
+
+template <class... P>
+int resident_blocks(void (*)(P...), int threads, std::size_t) {
+  return 1024 / threads;
+}
 
 // Runs the kernel to its end. Throws std::runtime_error where a GPU would fail, or would compute by luck.
 template <class... P, class... A>

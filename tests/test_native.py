@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+import evakernels as ek
 from benchmarks import resources
 from evakernels import native
 
@@ -45,10 +47,10 @@ def test_has_every_family_of_the_sources(library):
     assert sorted(library.build_info()["families"]) == sorted(p.parent.name for p in sources.glob("*/bindings.cpp"))
 
 
-def test_no_kernel_spills_and_the_table_of_resources_is_up_to_date(library):
+def test_no_kernel_spills_and_the_table_of_resources_is_up_to_date(library, emulated):
     if not resources.cuobjdump():
         pytest.skip("cuobjdump is missing; it comes with CUDA and with triton")
-    found = resources.rows(Path(library.__file__))
+    found = resources.rows(Path(library.__file__), emulated)
     assert not resources.spilling(found)
     path = resources.table(library.build_info()["cuda"])
     if not path.exists():
@@ -57,3 +59,32 @@ def test_no_kernel_spills_and_the_table_of_resources_is_up_to_date(library):
         committed = list(csv.DictReader(file))
     now = [{key: str(row[key]) for key in resources.FIELDS} for row in found]
     assert committed == now, "run `python -m benchmarks.resources`"
+
+
+def test_launches_are_told_instead_of_run(emulated, monkeypatch):
+    monkeypatch.setitem(native.loaded, "cpu", emulated)
+    x = torch.ones(1, 64, requires_grad=True)
+    with ek.using("cuda"):
+        told = emulated.launches(lambda: ek.layer_norm(x, x[0].detach()).sum().backward())
+        assert [threads for _, threads, _ in told] == [256, 256, 512]  # forward, backward, sums of the partial rows
+        assert [shared for _, _, shared in told] == [160, 320 + 4 * 64, 4 * 16 * 33]
+        with pytest.raises(ZeroDivisionError):
+            emulated.launches(lambda: 1 / 0)
+        assert not ek.layer_norm(x, x[0].detach()).any()
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "architecture", "blocks"),
+    [
+        (32, 256, 0, "sm_80", 8),  # 64 warps
+        (32, 32, 0, "sm_80", 32),  # blocks
+        (40, 256, 0, "sm_80", 6),  # registers: 12 warps of 1280 in each quarter
+        (41, 256, 0, "sm_80", 5),  # of 1536: 10
+        (255, 256, 0, "sm_90", 1),
+        (64, 128, 40 << 10, "sm_80", 4),  # 41 KiB of 164
+        (64, 128, 40 << 10, "sm_90", 5),  # of 228
+        (64, 128, (163 << 10) - 128, "sm_80", 1),
+    ],
+)
+def test_occupancy_is_that_of_the_scarcest_resource(registers, threads, shared, architecture, blocks):
+    assert resources.blocks(registers, threads, shared, architecture) == blocks

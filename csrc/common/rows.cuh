@@ -181,7 +181,7 @@ EK_DEVICE float inverse_root(float x) {
   return fmaf(0.5f * y, fmaf(-x * y, y, 1.0f), y);
 }
 
-// How many threads, rows a block and blocks a kernel over `rows` rows of `width` elements takes.
+// How many threads and rows a block of a kernel over `rows` rows of `width` elements takes, and the most blocks of it.
 struct RowPlan {
   bool held, aligned;
   int threads, groups, blocks;
@@ -198,5 +198,21 @@ inline RowPlan row_plan(long long rows, int width, bool aligned, int multiproces
   const long long enough = (rows + plan.groups - 1) / plan.groups;
   plan.blocks = int(enough < most ? enough : (most + 7) / 8 * 8);
   return plan;
+}
+
+// Blocks last until all rows are done, so there are as many as the GPU has at once: one more would only begin when the
+// others end. Where rows are not aligned, a multiple of 8.
+template <class... P>
+int row_blocks(const RowPlan& plan, int multiprocessors, void (*kernel)(P...), size_t shared) {
+  int blocks = multiprocessors * resident_blocks(kernel, plan.threads * plan.groups, shared);
+  if (!plan.aligned) blocks = blocks < 8 ? 8 : blocks / 8 * 8;
+  return blocks < plan.blocks ? blocks : plan.blocks;
+}
+
+// Calls `go(Held, Aligned)` with the plan's choices as constants; there is one kernel for all rows that are not held.
+template <class F>
+Status with_plan(const RowPlan& plan, F&& go) {
+  if (!plan.held) return go(std::false_type{}, std::false_type{});
+  return plan.aligned ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
 }
 }  // namespace ek

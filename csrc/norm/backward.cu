@@ -19,11 +19,13 @@ Status norm_backward(const NormBackward& p, int multiprocessors, Stream stream) 
   const int side_by_side = plan.held ? 1 : p.layer_scale ? 3 : 2;  // see the kernel
   const size_t shared =
       sizeof(NormBackwardStorage) + side_by_side * ColumnSum<true, true>::shared_bytes(plan, p.width);
+  int blocks = 0;
   const Status status = with_kind(p.kind, [&](auto kind) {
     return with_types(p.wide, p.narrow, [&](auto wide, auto narrow) {
       return with_plan(plan, [&](auto held, auto aligned) {
         auto go = [&](auto kernel) {
-          return launch(kernel, dim3(plan.blocks), dim3(plan.threads, plan.groups), shared, stream, p);
+          blocks = row_blocks(plan, multiprocessors, kernel, shared);
+          return launch(kernel, dim3(blocks), dim3(plan.threads, plan.groups), shared, stream, p);
         };
         using W = decltype(wide);
         using N = decltype(narrow);
@@ -39,6 +41,6 @@ Status norm_backward(const NormBackward& p, int multiprocessors, Stream stream) 
                         {p.dweight, p.dbias, p.dlayer_scale},
                         {p.weight_dtype, p.weight_dtype, p.layer_scale_dtype},
                         ColumnSums::kMost};
-  return sum_partials(sums, plan.blocks, p.width, stream);
+  return sum_partials(sums, blocks, p.width, stream);
 }
 }  // namespace ek

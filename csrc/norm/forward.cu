@@ -8,8 +8,9 @@ Status norm_forward(const NormForward& p, int multiprocessors, Stream stream) {
   return with_kind(p.kind, [&](auto kind) {
     return with_types(p.wide, p.narrow, [&](auto wide, auto narrow) {
       return with_plan(plan, [&](auto held, auto aligned) {
-        return launch(norm_forward_kernel<kind(), decltype(wide), decltype(narrow), held(), aligned()>,
-                      dim3(plan.blocks), dim3(plan.threads, plan.groups), sizeof(NormForwardStorage), stream, p);
+        const auto kernel = norm_forward_kernel<kind(), decltype(wide), decltype(narrow), held(), aligned()>;
+        const int blocks = row_blocks(plan, multiprocessors, kernel, sizeof(NormForwardStorage));
+        return launch(kernel, dim3(blocks), dim3(plan.threads, plan.groups), sizeof(NormForwardStorage), stream, p);
       });
     });
   });

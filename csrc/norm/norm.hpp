@@ -48,7 +48,7 @@ struct NormBackward {
 
 
 
-int norm_blocks(long long rows, int width, bool layer_scale, int multiprocessors);  // of the backward kernel
+int norm_blocks(long long rows, int width, bool layer_scale, int multiprocessors);  // of the backward kernel, at most
 Status norm_forward(const NormForward&, int multiprocessors, Stream);
 Status norm_backward(const NormBackward&, int multiprocessors, Stream);
 }  // namespace ek

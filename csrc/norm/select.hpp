@@ -17,13 +17,6 @@ Status with_types(Dtype wide, Dtype narrow, F&& go) {
   return {-1, "norm: the residual must have the dtype of the branch, or be float32"};
 }
 
-// Calls `go(Held, Aligned)` with the plan's choices as constants; there is one kernel for all rows that are not held.
-template <class F>
-Status with_plan(const RowPlan& plan, F&& go) {
-  if (!plan.held) return go(std::false_type{}, std::false_type{});
-  return plan.aligned ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
-}
-
 template <class F>
 Status with_kind(NormKind kind, F&& go) {
   using std::integral_constant;

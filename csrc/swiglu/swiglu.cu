@@ -25,16 +25,13 @@ RowPlan plan_of(const SwigluBackward& p, int multiprocessors) {
   return plan_of(p.shape, tensors, p.dy_pitch | p.gradient_pitch, multiprocessors);
 }
 
-// Calls `go(T, Norm, Held, Aligned)` with a value of the element type, and the choices as constants; there is one
-// kernel for all rows that are not held.
+// Calls `go(T, Norm, Held, Aligned)` with a value of the element type, and the choices as constants.
 template <class F>
 Status with_kernel(Dtype dtype, bool norm, const RowPlan& plan, F&& go) {
-  auto with_plan = [&](auto t, auto norm) {
-    if (!plan.held) return go(t, norm, std::false_type{}, std::false_type{});
-    if (plan.aligned) return go(t, norm, std::true_type{}, std::true_type{});
-    return go(t, norm, std::true_type{}, std::false_type{});
+  auto with = [&](auto t, auto norm) {
+    return with_plan(plan, [&](auto held, auto aligned) { return go(t, norm, held, aligned); });
   };
-  auto with_norm = [&](auto t) { return norm ? with_plan(t, std::true_type{}) : with_plan(t, std::false_type{}); };
+  auto with_norm = [&](auto t) { return norm ? with(t, std::true_type{}) : with(t, std::false_type{}); };
   if (dtype == Dtype::float32) return with_norm(float{});
 #ifndef EVAKERNELS_FEW_KERNELS  // defined to compile a few kernels quickly (tests/emulator/plant.py)
   if (dtype == Dtype::bfloat16) return with_norm(bf16{});
@@ -52,8 +49,9 @@ int swiglu_blocks(long long rows, int padded, int multiprocessors) {
 Status swiglu_forward(const SwigluForward& p, int multiprocessors, Stream stream) {
   const RowPlan plan = plan_of(p, multiprocessors);
   return with_kernel(p.shape.dtype, p.weight, plan, [&](auto t, auto norm, auto held, auto aligned) {
-    return launch(swiglu_forward_kernel<decltype(t), norm(), held(), aligned()>, dim3(plan.blocks),
-                  dim3(plan.threads, plan.groups), sizeof(SwigluForwardStorage), stream, p);
+    const auto kernel = swiglu_forward_kernel<decltype(t), norm(), held(), aligned()>;
+    const int blocks = row_blocks(plan, multiprocessors, kernel, sizeof(SwigluForwardStorage));
+    return launch(kernel, dim3(blocks), dim3(plan.threads, plan.groups), sizeof(SwigluForwardStorage), stream, p);
   });
 }
 
@@ -62,12 +60,14 @@ Status swiglu_backward(const SwigluBackward& p, int multiprocessors, Stream stre
   size_t shared = sizeof(SwigluBackwardStorage);
   const int side_by_side = plan.held ? 1 : 2;  // see the kernel
   if (p.weight) shared += side_by_side * ColumnSum<true, false>::shared_bytes(plan, p.shape.width);
+  int blocks = 0;
   const Status status = with_kernel(p.shape.dtype, p.weight, plan, [&](auto t, auto norm, auto held, auto aligned) {
-    return launch(swiglu_backward_kernel<decltype(t), norm(), held(), aligned()>, dim3(plan.blocks),
-                  dim3(plan.threads, plan.groups), shared, stream, p);
+    const auto kernel = swiglu_backward_kernel<decltype(t), norm(), held(), aligned()>;
+    blocks = row_blocks(plan, multiprocessors, kernel, shared);
+    return launch(kernel, dim3(blocks), dim3(plan.threads, plan.groups), shared, stream, p);
   });
   if (!status.ok() || !p.weight) return status;
   const ColumnSums sums{p.partial, {p.dweight, p.dbias}, {p.weight_dtype, p.weight_dtype}, 2};
-  return sum_partials(sums, plan.blocks, p.shape.width, stream);
+  return sum_partials(sums, blocks, p.shape.width, stream);
 }
 }  // namespace ek

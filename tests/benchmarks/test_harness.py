@@ -1,5 +1,8 @@
 """The harness calls what it says it calls, names what is absent, and the families' floors are those of their pages."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +80,13 @@ def test_every_quick_case_runs(bench, called_once):
     if bench is not bench_host:
         assert {row["provider"] for row in rows} >= {"evakernels", "evakernels, reference"}
         assert all(row["bytes"] > 0 for row in rows)
+
+
+def test_pytest_benchmark_runs_the_hosts_steps():
+    root = Path(bench_host.__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--benchmark-disable", "benchmarks/bench_host.py"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("function", list(bench_norm.WIDTHS))

@@ -3,16 +3,17 @@
 //
 // Reported, with the place in the source:
 //   * shared memory: outside the launch's size; uninitialised; written or read while a cp.async to it has not been
-//     waited for; two threads of which one writes, with nothing between them that orders. __syncthreads() orders the
-//     block and a __syncwarp() of the whole warp orders the warp; shuffles, mma and ldmatrix order nothing.
+//     waited for; two threads of which one writes, with nothing between them that orders, unless both operate
+//     atomically. __syncthreads() orders the block and a __syncwarp() of the whole warp orders the warp; shuffles, mma,
+//     ldmatrix and atomic operations order nothing.
 //   * global memory, once a range was tracked: outside all of them; between blocks, a write or read of what another
 //     block has written in this launch, unless that block passed __threadfence() and then an atomic operation, and this
 //     block an atomic operation after that.
 //   * misaligned accesses, and indices outside arrays of constant size.
 //
-// Not seen: conflicts within a block in global memory; global writes after another block's reads; atomics against plain
-// accesses in shared memory; a far overrun that lands in another tracked range; accesses that the compiler removed, or
-// made by libc functions. A __syncwarp() of part of a warp orders nothing here, which may report a race that is none.
+// Not seen: conflicts within a block in global memory; global writes after another block's reads; a far overrun that
+// lands in another tracked range; accesses that the compiler removed, or made by libc functions. A __syncwarp() of part
+// of a warp orders nothing here, which may report a race that is none.
 #include <dlfcn.h>
 #include <link.h>
 
@@ -27,11 +28,21 @@ namespace emu {
 bool checking = false;
 
 constexpr unsigned kMany = 0xffffffffu, kInFlight = 0xfffffffeu;
+struct Access {
+  unsigned by = 0, warp = 0;      // rank + 1, kMany or kInFlight; rank / 32 or kMany
+  unsigned epoch = 0, order = 0;  // Block::epoch, Warp::order
+  // Whether nothing orders it before what another thread does now.
+  bool races(const Access& now) const {
+    return epoch == now.epoch && (by != now.by || by == kMany) && !(warp == now.warp && order < now.order);
+  }
+  // Becomes one access by all who have made it since the last barrier; not by those who come before this one anyway.
+  void join(const Access& now) {
+    const bool first = epoch != now.epoch || (warp == now.warp && order < now.order);
+    *this = {first || by == now.by ? now.by : kMany, first || warp == now.warp ? now.warp : kMany, now.epoch, now.order};
+  }
+};
 struct Cell {
-  unsigned writer = 0, reader = 0;           // rank + 1, 0: nobody, kMany, kInFlight
-  unsigned write_epoch = 0, read_epoch = 0;  // Block::epoch
-  unsigned write_order = 0, read_order = 0;  // Warp::order
-  unsigned read_warp = 0;                    // warp of all readers, or kMany
+  Access write, read, atomic;
 };
 Cells::Cells() : at(new Cell[kMaxShared / 2]) {}
 Cells::~Cells() { delete[] at; }
@@ -56,33 +67,30 @@ std::vector<Range> image;  // this module: constants
 Cell* cells_of(Block& b, const void* p) { return b.cells.at + (static_cast<const char*>(p) - b.shared.begin) / 2; }
 
 void check_shared(Block& b, Fiber& f, const void* p, std::size_t bytes, Kind kind, void* pc) {
-  const unsigned me = f.rank + 1, warp = f.rank / 32, order = f.warp->order;
-  const bool write = kind == Kind::write, all = kind == Kind::warp_read;
-  auto stop = [&](const char* what, unsigned other) {
+  const Access now{kind == Kind::warp_read ? kMany : f.rank + 1, f.rank / 32, b.epoch, f.warp->order};
+  const bool write = kind == Kind::write, atomic = kind == Kind::atomic;
+  const char* name = write ? "write" : atomic ? "atomic" : "read";
+  auto stop = [&](const std::string& what, unsigned other = 0) {
     char who[32] = "";
     if (other && other < kInFlight) std::snprintf(who, sizeof who, " by thread %u", other - 1);
-    fail("%s%s: %zu-byte %s of shared memory at offset %ld [%s]", what, who, bytes, write ? "write" : "read",
+    fail("%s%s: %zu-byte %s of shared memory at offset %ld [%s]", what.c_str(), who, bytes, name,
          static_cast<long>(static_cast<const char*>(p) - b.shared.begin), place(pc).c_str());
+  };
+  auto order = [&](const char* before, const Access& access) {
+    if (access.races(now)) stop(std::string("race: ") + name + " after " + before, access.by);
   };
   Cell* c = cells_of(b, p);
   for (std::size_t i = 0; i < (bytes + 1) / 2; ++i, ++c) {
-    const bool written = c->write_epoch >= b.first_epoch, read = c->read_epoch == b.epoch;
-    if (written && c->writer == kInFlight) stop("an asynchronous copy to this place has not been waited for", 0);
-    if (!write && !written) stop("uninitialised", 0);
-    if (kind == Kind::atomic) continue;
-    if (written && c->write_epoch == b.epoch && c->writer && (c->writer != me || all) &&
-        !((c->writer - 1) / 32 == warp && c->write_order < order))
-      stop(write ? "race: write after write" : "race: read after write", c->writer);
-    if (write) {
-      if (read && c->reader != me && !(c->read_warp == warp && c->read_order < order))
-        stop("race: write after read", c->reader);
-      c->writer = me, c->write_epoch = b.epoch, c->write_order = order;
-    } else {
-      const bool before = c->read_warp == warp && c->read_order < order;  // whoever waits for this read waits for that
-      c->read_warp = read && c->read_warp != warp ? kMany : warp;
-      c->reader = all || (read && !before && c->reader != me) ? kMany : me;
-      c->read_epoch = b.epoch, c->read_order = order;
-    }
+    const bool written = c->write.epoch >= b.first_epoch;
+    if (written && c->write.by == kInFlight) stop("an asynchronous copy to this place has not been waited for");
+    if (!write && !written) stop("uninitialised");
+    order("write", c->write);
+    if (!atomic) order("atomic", c->atomic);
+    if (write || atomic) order("read", c->read);
+    if (write)
+      c->write = now;
+    else
+      (atomic ? c->atomic : c->read).join(now);
   }
 }
 
@@ -143,13 +151,13 @@ void check_access(const void* p, std::size_t bytes, Kind kind, void* pc, bool al
 
 void mark_in_flight(void* shared, int bytes) {
   Cell* c = cells_of(*cur->block, shared);
-  for (int i = 0; i < bytes / 2; ++i) c[i].writer = kInFlight, c[i].write_epoch = cur->block->epoch;
+  for (int i = 0; i < bytes / 2; ++i) c[i].write = {kInFlight, kMany, cur->block->epoch, 0};
 }
 
 void mark_written(void* shared, int bytes) {
   Cell* c = cells_of(*cur->block, shared);
-  for (int i = 0; i < bytes / 2; ++i)
-    c[i].writer = cur->rank + 1, c[i].write_epoch = cur->block->epoch, c[i].write_order = cur->warp->order;
+  const Access now{cur->rank + 1, cur->rank / 32, cur->block->epoch, cur->warp->order};
+  for (int i = 0; i < bytes / 2; ++i) c[i].write = now;
 }
 
 std::string place(void* pc) {

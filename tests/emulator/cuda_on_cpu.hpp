@@ -66,7 +66,8 @@ void order_warp(unsigned mask);  // a __syncwarp() orders memory accesses of the
 // *p = update(*p, operand), atomically, on the bits of 4 or 8 bytes; returns the old bits.
 using Update = std::uint64_t (*)(std::uint64_t old, std::uint64_t operand);
 std::uint64_t atomic(void* p, unsigned bytes, Update update, std::uint64_t operand);
-void run(dim3 grid, dim3 block, std::size_t shared, void (*body)(void*), void* args, std::size_t args_bytes);
+void run(const void* kernel, dim3 grid, dim3 block, std::size_t shared, void (*body)(void*), void* args,
+         std::size_t args_bytes);
 
 // --- ampere.cpp ------------------------------------------------------------------------------------------------------
 void cp_async_issue(void* dst, const void* src, int bytes);
@@ -87,7 +88,7 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shar
     auto& c = *static_cast<Call*>(p);
     std::apply(c.kernel, c.args);
   };
-  run(grid, block, shared, body, &call, sizeof call);
+  run(reinterpret_cast<const void*>(kernel), grid, block, shared, body, &call, sizeof call);
 }
 
 template <class To, class From>

@@ -15,7 +15,7 @@ enum Bug {
   kNone, kBarrierBeforeRead, kBarrierBeforeWrite, kSyncwarp, kSharedOverrun, kGlobalOverrun, kUninitialised,
   kTwoBarriers, kEarlyReturn, kHalfShuffle, kMixedCollectives, kOutsideMask, kOwnMask, kBarrierInOneWarp, kNoWait,
   kWrongGroup, kNoCommit, kWaitWithoutBarrier, kMisaligned, kArrayIndex, kNoFence, kPlainAdd, kTwoWriters, kSharedSize,
-  kWriteAfterRead,
+  kWriteAfterRead, kReadAndAtomic, kWriteAndAtomic,
 };
 
 struct Storage {
@@ -87,6 +87,24 @@ __global__ void exit_kernel(float* out, int n) {
   out[t] = __shfl_sync(mask, float(t), 0);
 }
 
+// The largest of the threads' numbers.
+__global__ void atomic_kernel(int* out, int bug) {
+  int& most = shared_storage<int>();
+  const int t = threadIdx.x;
+  if (t == 0) most = -1;
+  __syncthreads();
+  if (t < 32)
+    atomicMax(&most, t);
+  else if (bug == kWriteAndAtomic && t == 63)
+    most = t;
+  else if (bug == kReadAndAtomic)
+    out[t] = most;
+  else
+    atomicMax(&most, t);
+  __syncthreads();
+  out[t] = most;
+}
+
 // The last block to finish adds what all blocks have written.
 __global__ void blocks_kernel(float* sum, float* partial, unsigned* finished, int bug) {
   int& last = shared_storage<int>();
@@ -135,6 +153,12 @@ EXPORT const char* plant_exit(float* out, int n, int threads) {
   return reported([&] {
     emu_track(out, n * sizeof(float));
     return launch(exit_kernel, 1, threads, 0, nullptr, out, n);
+  });
+}
+EXPORT const char* plant_atomic(int* out, int threads, int bug) {
+  return reported([&] {
+    emu_track(out, threads * sizeof(int));
+    return launch(atomic_kernel, 1, threads, sizeof(int), nullptr, out, bug);
   });
 }
 EXPORT const char* plant_blocks(float* sum, float* partial, unsigned* finished, int blocks, int bug) {

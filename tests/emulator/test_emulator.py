@@ -8,6 +8,7 @@ which GPU they have passed.
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -262,8 +263,11 @@ PLANTS = {  # in the order of `enum Bug`: what has to be reported
     "two blocks write one place": r"race between blocks.*tensor #1.*plants.cu",
     "too much shared memory": r"launch with 167936 bytes of shared memory; sm_80 has 166912",
     "one warp reads what another writes": r"race: (write after read|read after write).*plants.cu",
+    "one warp reads what another changes atomically": r"race: (read after atomic|atomic after read).*plants.cu",
+    "one warp writes what another changes atomically": r"race: (write after atomic|atomic after write).*plants.cu",
 }
 OF_BLOCKS = ("no fence", "+= for atomicAdd", "two blocks write one place")
+OF_ATOMICS = tuple(name for name in PLANTS if "atomically" in name)
 
 
 def run_threads(library, bug: int = 0):
@@ -276,14 +280,30 @@ def run_blocks(library, bug: int = 0, blocks: int = 7):
     return library.report("plant_blocks", total, partial, finished, blocks, bug), total[0], finished[0]
 
 
+def run_atomic(library, bug: int = 0):
+    out = np.full(64, -2, np.int32)
+    return library.report("plant_atomic", out, len(out), bug), out
+
+
 @pytest.mark.parametrize("bug", PLANTS)
 def test_a_planted_bug_is_reported_in_every_order(emulated, bug, monkeypatch):
-    run = run_blocks if bug in OF_BLOCKS else run_threads
+    run = run_blocks if bug in OF_BLOCKS else run_atomic if bug in OF_ATOMICS else run_threads
     for order in "012":
         monkeypatch.setenv("EMU_SEED", order)
         with pytest.raises(RuntimeError, match=PLANTS[bug]):
             if report := run(emulated, list(PLANTS).index(bug) + 1)[0]:
                 raise RuntimeError(report)
+
+
+@pytest.mark.parametrize("bug", OF_ATOMICS)
+def test_an_atomic_operation_races_before_and_after(emulated, bug, monkeypatch):
+    reports = set()
+    for order in range(8):
+        monkeypatch.setenv("EMU_SEED", str(order))
+        report, _ = run_atomic(emulated, list(PLANTS).index(bug) + 1)
+        reports |= set(re.findall(r"race: (\w+ after \w+)", report))
+    plain = "read" if "reads" in bug else "write"
+    assert reports == {f"{plain} after atomic", f"atomic after {plain}"}
 
 
 @pytest.mark.parametrize("order", range(8))
@@ -297,6 +317,8 @@ def test_nothing_is_reported_where_nothing_is_wrong(emulated, order, monkeypatch
     np.testing.assert_array_equal(out, np.where(t < 60, x, -1))
     for _ in range(20):
         assert run_blocks(emulated) == ("", 28, 0)
+    report, out = run_atomic(emulated)
+    assert not report and (out == 63).all()
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 40, 63])
