@@ -38,7 +38,7 @@ constexpr ForwardPlan forward_plan(int tokens, int heads, int shared_memory) {
   const auto ceil = [](int a, int b) { return (a + b - 1) / b; };
   const int row = 2 * D, queries = 16 * Config::kTiles, padded = ceil(tokens, 16) * 16, units = ceil(tokens, queries);
   ForwardPlan best{};
-  int most = 0;
+  int most = 0, busy = 0;
   // All keys in shared memory: of the numbers of warps, the one that has most units of queries in progress on a
   // multiprocessor, in several blocks rather than in one, so that one loads while another computes.
   for (int warps = 1; warps <= std::min(units, Config::kWarps); ++warps) {
@@ -46,16 +46,16 @@ constexpr ForwardPlan forward_plan(int tokens, int heads, int shared_memory) {
     if (shared > shared_memory) break;
     const int blocks = std::min((shared_memory + 1024) / (shared + 1024), Config::kWarps / warps);
     const int progress = blocks * units * 64 / ceil(units, warps);
-    if (progress > most) most = progress, best = {warps, 1, padded, 1, std::size_t(shared)};
+    if (progress > most) most = progress, busy = blocks * warps, best = {warps, 1, padded, 1, std::size_t(shared)};
   }
-  // Where that leaves less than half of the warps, keys pass through two stages, and blocks share a head.
-  if (best.warps < std::min(units, Config::kWarps / 2)) {
+  // Where that leaves room for less than half of the warps, keys pass through two stages, and blocks share a head.
+  if (busy < std::min(units, Config::kWarps / 2)) {
     const int room = (shared_memory / row - 4 * kStreamedKeys) / queries;
     best.query_blocks = ceil(units, std::min(room, Config::kWarps)), best.staged = kStreamedKeys, best.heads = 1;
     best.warps = ceil(units, best.query_blocks);
     best.shared = std::size_t(4 * kStreamedKeys + best.warps * queries) * row;
   } else if (best.warps == units && units < kMaxHeads) {
-    best.heads = std::min(heads, kMaxHeads / units), best.shared *= best.heads;
+    best.heads = std::min({heads, kMaxHeads / units, shared_memory / int(best.shared)}), best.shared *= best.heads;
   }
   return best;
 }
@@ -91,7 +91,7 @@ constexpr BackwardPlan backward_plan(int tokens, int heads, int shared_memory) {
       const int for_dq = whole ? warps * 16 * 2 * kQueries + (passes > 1 ? all * 2 * row : 0) : 0;
       const int bytes = 2 * 4 * all + (2 * 16 * warps + 4 * kQueries) * row + for_dq;
       if (warps > BackwardConfig<D>::kWarps || bytes > shared_memory) continue;
-      const int together = whole && passes == 1 && warps < kMaxHeads ? std::min(heads, kMaxHeads / warps) : 1;
+      const int together = whole && passes == 1 && warps < kMaxHeads ? std::min({heads, kMaxHeads / warps, shared_memory / bytes}) : 1;
       return {warps, together, ceil(blocks, warps), whole, bytes};
     }
   return {};

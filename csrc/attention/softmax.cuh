@@ -1,6 +1,7 @@
-// Softmax over keys that arrive a few at a time: what is kept of a row is a reference, the sum of exp(score - reference)
-// and the output weighted with the same. The reference is not the maximum so far: it follows once it lags by more than
-// 2^8, so that the output is hardly ever scaled again, and nothing overflows (half holds 2^15).
+// Softmax over keys that arrive a few at a time: what is kept of a row is the largest score so far, the sum of the
+// exponentials of the scores less that, and the output weighted with the same. When the largest grows, both are scaled.
+// To let it lag, and scale hardly ever, was tried: where one key has most of the weight, its weight is then no longer 1,
+// and its rounding shows.
 #pragma once
 #include "../common/primitives.cuh"
 
@@ -18,34 +19,33 @@ EK_DEVICE float quad_sum(float x) {
 
 // Of the two rows of a block, 8 apart, of which this lane holds elements.
 struct OnlineSoftmax {
-  float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // `sum` of this lane's elements alone
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // `sum` of this lane's elements alone
 
-  // Turns the scores of 16 S keys into weights, exp2(scale * (score - reference)); `out` are the weighted sums so far.
+  // Turns the scores of 16 S keys into weights, exp2(scale * (score - top)); `out` are the weighted sums so far.
   // All lanes of a warp call it.
   template <int S, int C>
   EK_DEVICE void operator()(float (&score)[S][2][4], float (&out)[C][4], float scale) {
-    float top[2];
-    bool lags = false;
+    float now[2];
+    bool grows = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top[r] = score[0][0][2 * r];
-      each(score, r, [&](float x) { top[r] = fmaxf(top[r], x); });
-      top[r] = quad_max(top[r]);
-      lags |= (top[r] - reference[r]) * scale > 8;
+      now[r] = top[r];
+      each(score, r, [&](float x) { now[r] = fmaxf(now[r], x); });
+      now[r] = quad_max(now[r]);
+      grows |= now[r] > top[r];
     }
-    if (__any_sync(0xffffffffu, lags)) {
+    if (__any_sync(0xffffffffu, grows)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        top[r] = fmaxf(top[r], reference[r]);
-        const float shrink = fast_exp2((reference[r] - top[r]) * scale);
-        reference[r] = top[r], sum[r] *= shrink;
+        const float shrink = fast_exp2((top[r] - now[r]) * scale);
+        top[r] = now[r], sum[r] *= shrink;
 #pragma unroll
         for (int c = 0; c < C; ++c) out[c][2 * r] *= shrink, out[c][2 * r + 1] *= shrink;
       }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float less = reference[r] * scale;
+      const float less = top[r] * scale;
       float total = 0;
       each(score, r, [&](float& x) { total += x = fast_exp2(fmaf(x, scale, -less)); });
       sum[r] += total;

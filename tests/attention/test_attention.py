@@ -3,7 +3,7 @@
 import numerics
 import pytest
 import torch
-import torch.nn.functional as F
+from attention.peers import assert_exact, by_softmax, grid_of, ours, random, turned
 from shapes import HEAD_DIMS, TOKENS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -13,68 +13,6 @@ import evakernels as ek
 OPS = torch.ops.evakernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = ("reference", "cpu")
-
-
-def random(*shape, dtype=torch.float32, seed=0, grad=False):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-
-
-def grid_of(tokens):
-    """A prefix and the squarest grid that fill so many tokens."""
-    prefix = 1 if tokens > 1 else 0
-    patches = tokens - prefix
-    height = max(h for h in range(1, int(patches**0.5) + 1) if patches % h == 0)
-    return prefix, (height, patches // height)
-
-
-def turned(x, rope, positions=None):
-    """x * cos + rot(x) * sin with whole tables, differentiable, in float32 or wider and rounded once."""
-    if rope is None:
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    (height, width), pairs = rope.grid, rope.head_dim // 4
-    ids = torch.arange(height * width).expand(len(x), -1) if positions is None else positions.long()
-    rows, columns = rope.row_table.to(wide.dtype)[ids // width], rope.column_table.to(wide.dtype)[ids % width]
-    cos, sin = (torch.cat((rows, columns), 2)[..., i].repeat_interleave(2, -1)[:, :, None] for i in (0, 1))
-    assert cos.shape[-1] == 4 * pairs
-    still, moved = wide[:, : rope.prefix_tokens], wide[:, rope.prefix_tokens :]
-    rot = torch.stack((-moved[..., 1::2], moved[..., 0::2]), -1).flatten(-2)
-    return torch.cat((still, moved * cos + rot * sin), 1).to(x.dtype)
-
-
-def by_torch(q, k, v, rope=None, positions=None, causal=False, scale=None):
-    q, k, v = (x.transpose(1, 2) for x in (turned(q, rope, positions), turned(k, rope, positions), v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
-
-
-def by_softmax(q, k, v, rope=None, positions=None, causal=False, scale=None):
-    q, k = turned(q, rope, positions), turned(k, rope, positions)
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if causal:
-        n = torch.arange(q.shape[1])
-        scores = scores.masked_fill(n[:, None] < n, float("-inf"))
-    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
-
-
-def ours(q, k, v, rope=None, positions=None, causal=False, scale=None):
-    return ek.attention(q, k, v, rope=rope, positions=positions, causal=causal, scale=scale)
-
-
-def assert_exact(shape, dtype, **options):
-    inputs = [random(*shape, dtype=dtype, seed=s) for s in range(3)]
-    dout = random(*shape, dtype=dtype, seed=3)
-
-    def run(function, dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        out = function(*leaves, **options)
-        assert out.dtype == dtype
-        return out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))
-
-    results = run(ours, dtype), run(by_torch, dtype), run(by_softmax, torch.float64)
-    for name, actual, peer, oracle in zip(("out", "dq", "dk", "dv"), *results, strict=True):
-        factor = numerics.OUTPUTS if name == "out" else numerics.GRADIENTS
-        numerics.assert_as_exact_as(actual, peer, oracle, factor, name)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
