@@ -12,11 +12,13 @@ struct Heads {
   long long batch, token, head;
 };
 
+constexpr float kLog2e = 1.44269504f;  // exp(x) = exp2(x log2(e))
+
 struct AttentionShape {
   Dtype dtype;  // bfloat16 or float16
   int batch, tokens, heads, head_dim;
   float scale;       // of the scores, positive
-  float scale_log2;  // scale * log2(e): exp(scale x) = exp2(scale_log2 x)
+  float scale_log2;  // scale log2(e)
   bool causal;
 };
 

@@ -19,7 +19,7 @@ Heads heads(const Strided& x) { return {pointer<void>(std::get<0>(x)), std::get<
 
 AttentionShape shape(const Shape& s) {
   const auto& [dtype, batch, tokens, heads, head_dim, scale, causal] = s;
-  return {Dtype(dtype), batch, tokens, heads, head_dim, scale, scale * 1.44269504f, causal};
+  return {Dtype(dtype), batch, tokens, heads, head_dim, scale, scale * kLog2e, causal};
 }
 
 Rope rope(const Rotation& r) {

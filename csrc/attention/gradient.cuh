@@ -6,7 +6,7 @@
 
 namespace ek {
 
-// Per query: log2(e) * lse, infinite for queries that do not exist, whose weights are 0 then; and delta.
+// Per query: log2(e) * lse, and delta; both 0 where there is none, whose dout is 0 too.
 struct Statistics {
   float* lse;
   int rows;
@@ -34,8 +34,8 @@ struct Statistics {
       sum = quad_sum(sum);
       if (part) continue;
       delta()[row] = sum;
-      lse[row] = exists ? 1.44269504f * p.lse[place.index(token, tokens)]
-                        : INFINITY;
+      lse[row] = exists ? kLog2e * p.lse[place.index(token, tokens)]
+                        : 0;
     }
   }
 };

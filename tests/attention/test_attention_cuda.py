@@ -33,6 +33,13 @@ def gradients(*inputs, dout, **options):
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
+def by_others(inputs, dout, **options):
+    """Gradients by PyTorch's operator in the inputs' dtype, and in float64."""
+    for function, dtype in ((by_torch, inputs[0].dtype), (by_softmax, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        yield torch.autograd.grad(function(*leaves, **options), leaves, dout.to(dtype))
+
+
 # Every kernel at every length; batch and heads are small where the emulator would take long.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -54,14 +61,16 @@ def test_long_and_causal_is_as_exact_as_pytorch(kernels, head_dim, tokens):
     assert_exact((1, tokens, 1, head_dim), torch.float16, kernels, causal=True, scale=0.2)
 
 
+@pytest.mark.parametrize(("dtype", "causal"), [(torch.bfloat16, False), (torch.float16, True)], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_kept_tokens_and_both_orders_of_pairs_are_as_exact_as_pytorch(kernels, head_dim, prefix, interleaved):
+def test_kept_tokens_and_both_orders_of_pairs_are_as_exact_as_pytorch(
+    kernels, head_dim, prefix, interleaved, dtype, causal
+):
     rope = ek.Rope2d((5, 8), head_dim, prefix_tokens=prefix, interleaved=interleaved).to(kernels)
-    options = {"rope": rope, "positions": kept_of(2, 40, 20, kernels), "scale": 0.3}
-    assert_exact((2, prefix + 20, 3, head_dim), torch.bfloat16, kernels, **options)
-    assert_exact((2, prefix + 20, 3, head_dim), torch.float16, kernels, causal=True, **options)
+    options = {"rope": rope, "positions": kept_of(2, 40, 20, kernels), "scale": 0.3, "causal": causal}
+    assert_exact((2, prefix + 20, 3, head_dim), dtype, kernels, **options)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -131,6 +140,16 @@ def test_scores_that_grow_with_the_keys_do_not_overflow(kernels, dtype):
     peer = by_torch(q, k, v, scale=1.0)
     oracle = by_softmax(q.double(), k.double(), v.double(), scale=1.0)
     numerics.assert_as_exact_as(ours(q, k, v, scale=1.0), peer, oracle, numerics.OUTPUTS)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(17, 64), (421, 88)])
+def test_scores_far_below_zero_are_as_exact_as_pytorch(kernels, tokens, head_dim):
+    """What stands for a key that does not exist, a score of 0, is infinitely more than those that do."""
+    q, k, v, dout = (random(1, tokens, 1, head_dim, seed=s, device=kernels) for s in range(4))
+    inputs = [x.to(torch.bfloat16) for x in (q.abs() + 4, -4 - k.abs() / 16, v)]
+    _, *actual = gradients(*inputs, dout=dout.to(torch.bfloat16))
+    for name, x, peer, oracle in zip(("dq", "dk", "dv"), actual, *by_others(inputs, dout), strict=True):
+        numerics.assert_as_exact_as(x, peer, oracle, numerics.GRADIENTS, name)
 
 
 # Of each way through the kernels: keys resident or streamed, one pass, several, or a kernel for dq.
