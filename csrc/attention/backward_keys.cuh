@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
 
   // Asked for again each time, like all that follows from the pass: registers are for dk and dv.
   auto held = [&] { return place.warps() * kBlock; };  // keys of a pass
-  auto own = [&] { return anew(threadIdx.x) / 32 * kBlock; };  // where those of the warp lie
+  auto own = [&] { return place.warp * kBlock; };  // where those of the warp lie
   // Shared memory of a head: two stages of queries and dout; keys and values of a pass; the statistics; for dq, the
   // gradients of a stage's scores and, where there are several passes, the sum.
   auto stages = [&] {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
                place.exist(query, rows, tokens), anew(threadIdx.x), place.threads());
   };
 
-  statistics().template fill<T, D>(p, place, 0, place.warp(), place.warps());
+  statistics().template fill<T, D>(p, place, 0, place.warp, place.warps());
   for (int pass = blockIdx.z; pass < passes; pass += gridDim.z) {
     auto first = [&] { return anew(pass) * held(); };                 // key of the pass
     auto key = [&] { return first() + own(); };                     // the first of the warp
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
       if (!whole) continue;
       __syncthreads();  // the gradients are there, and nobody reads the stage any more
       const int end = min(mask.keys(query + R) - first(), held());
-      for (int unit = place.warp(); unit < blocks * Rows::kBlocks; unit += place.warps())
+      for (int unit = place.warp; unit < blocks * Rows::kBlocks; unit += place.warps())
         add_to_dq(dq_of(query), gradients(), keys(), unit / Rows::kBlocks, unit % Rows::kBlocks, end, pass > 0,
                   anew(place.lane()));
     }

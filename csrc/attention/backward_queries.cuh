@@ -15,13 +15,13 @@ __global__ void __launch_bounds__(32 * kBackwardQueryWarps, 1)
 
   // Shared memory: keys and values; the queries and the dout of each warp; its statistics.
   const Rows keys{reinterpret_cast<T*>(&shared_storage<SharedBytes>())}, values = keys.below(2 * kStreamedKeys);
-  const Rows own = values.below(2 * kStreamedKeys), queries = own.below(place.warp() * 2 * kBlock);
+  const Rows own = values.below(2 * kStreamedKeys), queries = own.below(place.warp * 2 * kBlock);
   const Rows dout = queries.below(kBlock);
   float* const after = reinterpret_cast<float*>(own.below(place.warps() * 2 * kBlock).at);
-  const Statistics statistics{after + place.warp() * 2 * kBlock, kBlock};
+  const Statistics statistics{after + place.warp * 2 * kBlock, kBlock};
   StagedKeys<T, D> stage{p.k, p.v, p.rope, place, tokens, kStreamedKeys, 0, keys, values};
 
-  const int first = (blockIdx.z * place.warps() + place.warp()) * kBlock;  // of the warp's queries
+  const int first = (blockIdx.z * place.warps() + place.warp) * kBlock;  // of the warp's queries
   const int last = mask.keys((blockIdx.z + 1) * place.warps() * kBlock), end = mask.keys(first + kBlock);
   const int exist = place.exist(first, kBlock, tokens);
   stage.fetch(0, 0);

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1)
   const int kept = StagedKeys<T, D>::rows(tokens, staged), queries_of_warp = M * kBlock;
   const Rows shared{reinterpret_cast<T*>(&shared_storage<SharedBytes>())};
   const Rows keys = shared.below(threadIdx.y * (2 * kept + place.warps() * queries_of_warp)), values = keys.below(kept);
-  const Rows queries = values.below(kept + place.warp() * queries_of_warp);
+  const Rows queries = values.below(kept + place.warp * queries_of_warp);
   StagedKeys<T, D> stage{p.k, p.v, p.rope, place, tokens, staged, 0, keys, values};
   auto fetch_queries = [&](int first) {
     copy_rows(queries, place.row<T>(p.q, first), p.q.token, M * kBlock, place.exist(first, M * kBlock, tokens),
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1)
     cp_async_commit();
   };
 
-  int first = (blockIdx.z * place.warps() + place.warp()) * queries_of_warp;  // of the warp's queries
+  int first = (blockIdx.z * place.warps() + place.warp) * queries_of_warp;  // of the warp's queries
   const int block_end = (blockIdx.z + 1) * place.warps() * queries_of_warp;
   stage.fetch(0, 0);
   fetch_queries(first);
@@ -38,9 +38,8 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1)
     stage.turn(0, 0);
     __syncthreads();
   }
-  // Where keys are streamed, all warps of a block go round together, once.
-  for (bool more = stage.streamed() || (place.live() && first < tokens); more;
-       more = !stage.streamed() && first < tokens) {
+  if (!stage.streamed() && (!place.live() || first >= tokens)) return;
+  do {  // where keys are streamed once, by all warps of the block together
     cp_async_wait<0>();
     __syncwarp();
     turn_rows(queries, p.rope, place.sample(), first, place.exist(first, M * kBlock, tokens), anew(place.lane()), 32);
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1)
     first += place.warps() * queries_of_warp;
     __syncwarp();  // nobody reads the queries' memory any more
     if (!stage.streamed() && first < tokens) fetch_queries(first);
-  }
+  } while (!stage.streamed() && first < tokens);
 }
 
 template <class T>

@@ -12,10 +12,11 @@ struct alignas(128) SharedBytes {
 // samples, blocks that share a head).
 struct Place {
   int first_sample, heads;
+  // The same in all lanes, and by way of a shuffle the compiler knows it: what depends on it does not diverge.
+  int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / 32), 0);
 
   // Functions, so that none of them has to be held in a register.
   EK_DEVICE int lane() const { return threadIdx.x % 32; }
-  EK_DEVICE int warp() const { return threadIdx.x / 32; }
   EK_DEVICE int sample() const { return first_sample + blockIdx.y; }
   EK_DEVICE int head() const { return blockIdx.x * blockDim.y + threadIdx.y; }
   EK_DEVICE int threads() const { return blockDim.x; }
