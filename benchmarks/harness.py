@@ -36,9 +36,9 @@ FIELDS = (
     *("device", "driver", "torch", "commit", "absent"),
 )
 FLOORS = {  # in microseconds, where rows have them
-    "floor_us": "floor: bytes / copy rate",
-    "products_us": "floor: padded products / mma.sync rate",
-    "exps_us": "floor: exponentials / ex2 rate",
+    "floor_us": "bytes / copy rate",
+    "products_us": "padded products / mma.sync rate",
+    "exps_us": "exponentials / ex2 rate",
 }
 RESULTS = Path(__file__).parent / "results"
 FAILS = "fails: "  # so begins the reason of a provider that is absent because it raised an error
@@ -397,7 +397,7 @@ def show(rows: list[dict]) -> None:
     first = rows[0]
     print(f"\n{first['family']}  {first['shape']}  {first['dtype']}  {first['mode']}")
     ours = first["p50_us"] or math.nan
-    floors = {what: first[field] for field, what in FLOORS.items() if first.get(field)}
+    floors = {f"floor: {what}": first[field] for field, what in FLOORS.items() if first.get(field)}
     width = max(28, *map(len, (*floors, *(row["provider"] for row in rows))))
     for row in rows:
         if row["absent"]:

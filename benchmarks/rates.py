@@ -16,7 +16,7 @@ from benchmarks import harness
 SOURCE = Path(__file__).with_name("rates.cu")
 PRIMITIVES = SOURCE.parents[1] / "csrc" / "common" / "primitives.cuh"
 BUILD = SOURCE.parents[1] / "build" / "rates"
-ITERATIONS = 8192  # one to two milliseconds
+ITERATIONS = 8192  # about a millisecond
 UNITS = {"products": ("mma_sync_tflop_s", 1e12), "exponentials": ("ex2_g_s", 1e9)}
 
 
