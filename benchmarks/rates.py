@@ -23,7 +23,8 @@ UNITS = {"products": ("mma_sync_tflop_s", 1e12), "exponentials": ("ex2_g_s", 1e9
 def nvcc() -> str | None:
     """The path of nvcc, or None where there is no CUDA toolkit."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    places = [f"{home}/bin", os.environ.get("PATH", "")]
+    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 @functools.cache
