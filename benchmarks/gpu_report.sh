@@ -72,7 +72,7 @@ gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' 2>"$wor
   if command -v nvidia-smi >/dev/null; then nvidia-smi; fi
   "$python" -c "
 from benchmarks import harness
-for name in 'torch triton numpy pybind11 pytest xdist cuda.bindings liger_kernel apex timm'.split():
+for name in 'torch triton numpy pybind11 pytest xdist cuda.bindings liger_kernel apex timm flash_attn xformers'.split():
     found = harness.peer(name)
     print(name, found if isinstance(found, str) else getattr(found, '__version__', 'present'))"
 } >"$out/environment.txt" 2>&1
@@ -131,7 +131,7 @@ stage tests 180 tests.log "$python" -m pytest -q -o addopts= --import-mode=impor
   --continue-on-collection-errors --junitxml "$work/tests.xml" "${tests[@]}" ${only[@]+-k "${only[@]}"} \
   ${workers[@]+"${workers[@]}"} ${folders[@]+"${folders[@]}"}
 
-[ ${#families[@]} -gt 0 ] || families=(norm swiglu lamb tokens host contrastive)
+[ ${#families[@]} -gt 0 ] || families=(norm swiglu lamb tokens host contrastive attention)
 chosen=()
 for family in "${families[@]}"; do chosen+=(--family "$family"); done
 stage benchmarks $((end - SECONDS - 15)) benchmarks.log "$python" -m benchmarks ${quick[@]+"${quick[@]}"} \

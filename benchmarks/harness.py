@@ -32,8 +32,14 @@ from evakernels import dispatch, native
 
 FIELDS = (
     *("family", "shape", "dtype", "provider", "mode", "p20_us", "p50_us", "p80_us", "bytes", "flops"),
-    *("share_of_clone", "peak_mb", "host_us", "device", "driver", "torch", "commit", "absent"),
+    *("share_of_clone", "products_us", "exps_us", "peak_mb", "host_us"),
+    *("device", "driver", "torch", "commit", "absent"),
 )
+FLOORS = {  # in microseconds, where rows have them
+    "floor_us": "bytes / copy rate",
+    "products_us": "padded products / mma.sync rate",
+    "exps_us": "exponentials / ex2 rate",
+}
 RESULTS = Path(__file__).parent / "results"
 FAILS = "fails: "  # so begins the reason of a provider that is absent because it raised an error
 _kept: list[torch.library.Library] = []  # what a library declares goes when it is collected
@@ -359,6 +365,7 @@ def both_ways(
     make: Callable[[], tuple],
     bytes: tuple[int, int],
     quick: bool,
+    flops: tuple[int, int] | tuple[None, None] = (None, None),
 ) -> Iterator[dict]:
     """Rows of a function forward, with its graph for autograd, and backward; all functions take what `make` returns.
 
@@ -366,11 +373,12 @@ def both_ways(
         function, peers: ours and those of others, or the reasons why they are absent.
         make: returns a set of inputs; each provider has its own, because some write into them.
         bytes: the floors, forward and backward.
+        flops: those that must be computed, forward and backward.
     """
-    for mode, calling, moved in (("forward", forward, bytes[0]), ("backward", backward, bytes[1])):
+    for i, (mode, calling) in enumerate((("forward", forward), ("backward", backward))):
         providers = ours(family, functools.partial(calling, function, make))
         providers |= {name: peer if isinstance(peer, str) else calling(peer, make) for name, peer in peers.items()}
-        yield from compare(family, shape, dtype, mode, providers, bytes=moved, quick=quick)
+        yield from compare(family, shape, dtype, mode, providers, bytes=bytes[i], flops=flops[i], quick=quick)
 
 
 def write(rows: list[dict], folder: Path | None = None) -> Path:
@@ -389,7 +397,8 @@ def show(rows: list[dict]) -> None:
     first = rows[0]
     print(f"\n{first['family']}  {first['shape']}  {first['dtype']}  {first['mode']}")
     ours = first["p50_us"] or math.nan
-    width = max(28, *(len(row["provider"]) for row in rows))
+    floors = {f"floor: {what}": first[field] for field, what in FLOORS.items() if first.get(field)}
+    width = max(28, *map(len, (*floors, *(row["provider"] for row in rows))))
     for row in rows:
         if row["absent"]:
             print(f"  {row['provider']:<{width}} absent: {row['absent']}")
@@ -399,5 +408,5 @@ def show(rows: list[dict]) -> None:
             f"  {row['provider']:<{width}} {row['p50_us']:>12.1f} us  ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
             f"  {row['p50_us'] / ours:6.2f} x  {share}"
         )
-    if first.get("floor_us"):
-        print(f"  {'floor: bytes / copy rate':<{width}} {first['floor_us']:>12.1f} us")
+    for what, us in floors.items():
+        print(f"  {what:<{width}} {us:>12.1f} us")

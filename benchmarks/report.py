@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.harness import FIELDS, slug, write
+from benchmarks.harness import FIELDS, FLOORS, slug, write
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -66,7 +66,7 @@ def table(rows: Rows) -> list[str]:
     """Cases down, providers across: the median, and how many times that of the case's first provider it is.
 
     Cases that measure memory have their peak instead. The first provider also says which share of a copy it reaches,
-    and a column before it the floor, in the time of a copy.
+    and a column before it the floor, in the time of a copy, and those of `harness.FLOORS` that are known.
     """
     cases: dict[tuple, dict[str, dict[str, str]]] = {}
     for row in rows:
@@ -74,7 +74,7 @@ def table(rows: Rows) -> list[str]:
     names = in_order(row["provider"] for row in rows)
     known = [name for name in names if any(present(found.get(name)) for found in cases.values())]
     several = [len({case[i] for case in cases}) > 1 for i in (1, 2)]
-    floors = any(row["share_of_clone"] for row in rows)
+    floors = any(floors_of(row) for row in rows)
     lines = [line(["", *(["floor"] if floors else []), *known]), line(["---", *["---:"] * (len(known) + floors)])]
     for case, found in cases.items():
         label = ", ".join([case[0], *(text for text, needed in zip(case[1:], several, strict=True) if needed)])
@@ -82,13 +82,19 @@ def table(rows: Rows) -> list[str]:
         if first is None:
             continue
         if floors:
-            share = number(first["share_of_clone"])
-            cells.append("" if math.isnan(share) else figures(number(first["p50_us"]) * share))
+            cells.append(" / ".join(figures(us) for us in floors_of(first).values()))
         for name in known:
             cells.append(cell(found.get(name), first))
         lines.append(line([label, *cells]))
     missing = [name for name in names if name not in known]
     return lines + (["", f"Absent: {', '.join(missing)}."] if missing else [])
+
+
+def floors_of(row: dict[str, str]) -> dict[str, float]:
+    """What is known of the floors, in microseconds, by what they are."""
+    copy = number(row["p50_us"]) * number(row["share_of_clone"])
+    times = {what: copy if field == "floor_us" else number(row[field]) for field, what in FLOORS.items()}
+    return {what: us for what, us in times.items() if not math.isnan(us)}
 
 
 def present(row: dict[str, str] | None) -> bool:
@@ -109,6 +115,9 @@ def cell(row: dict[str, str] | None, first: dict[str, str]) -> str:
 def family_text(family: str, by_device: dict[str, Rows], up: str) -> str:
     """What stands between a family's marks: for each device where, when, plot and tables; `up` leads to the root."""
     lines = ["In parentheses: the share of a copy's rate, and other columns' times in those of the first."]
+    known = in_order(what for rows in by_device.values() for row in rows for what in floors_of(row))
+    if len(known) > 1:
+        lines.append(f"Floors, in this order: {', '.join(known)}.")
     for folder, rows in by_device.items():
         here, first = f"{up}benchmarks/results/{folder}/{family}", rows[0]
         driver = f", driver {first['driver']}" if first["driver"] else ""

@@ -1,4 +1,4 @@
-"""The ceilings of this device: its properties, and what a copy and a matrix product reach in this run.
+"""The ceilings of this device: its properties, what a copy, a matrix product and two instructions reach now.
 
 `python -m benchmarks.roofline` prints them; the benchmarks print them first and keep them in provenance.json.
 """
@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from benchmarks import harness
+from benchmarks import rates as instructions
 
 # Here -> in CUDA's driver API, in torch's properties (of newer versions), and what to divide by.
 ATTRIBUTES = {
@@ -103,8 +104,9 @@ def rates(quick: bool = False) -> dict[str, float]:
 
 
 def ceilings(quick: bool = False) -> dict:
-    """`properties`, `rates`, and the `state` of the GPU just after them."""
-    found = properties() | rates(quick)
+    """`properties`, `rates`, those of instructions, and the `state` of the GPU just after them."""
+    known = instructions.measured(quick)
+    found = properties() | rates(quick) | ({"mma_sync, ex2": f"absent: {known}"} if isinstance(known, str) else known)
     return found | ({"state": state()} if harness.device().type == "cuda" else {})
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import evakernels as ek
 from benchmarks import harness
 from evakernels import native
+from evakernels.ops.attention.cuda import HEAD_DIMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,7 +71,17 @@ def lamb() -> None:
             optimizer.step()
 
 
-FAMILIES = {"norm": norm, "swiglu": swiglu, "tokens": tokens, "lamb": lamb}
+def attention() -> None:
+    for head_dim, dtype in itertools.product(HEAD_DIMS, (torch.bfloat16, torch.float16)):
+        qkv, rope = new(2, 18, 3, 3, head_dim, dtype=dtype), ek.Rope2d(5, head_dim).to(harness.device())
+        positions = torch.rand(2, 25, device=qkv.device).argsort(1)[:, :17].to(torch.uint8)
+        back(ek.attention_qkvpacked(qkv, rope=rope, positions=positions))
+        back(ek.attention_qkvpacked(qkv, causal=True))
+    # More than shared memory holds: keys pass through it in stages, and a second kernel makes dq.
+    back(ek.attention_qkvpacked(new(1, 577, 3, 1, 128, dtype=torch.bfloat16)))
+
+
+FAMILIES = {"norm": norm, "swiglu": swiglu, "tokens": tokens, "lamb": lamb, "attention": attention}
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_host, bench_norm, bench_swiglu, bench_tokens, harness, report
+from benchmarks import bench_attention, bench_host, bench_norm, bench_swiglu, bench_tokens, harness, rates, report
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_what_is_written_is_read_again(called_once, tmp_path):
     assert [row["absent"] for row in again] == ["", "no\ttime"] and again[0]["shape"] == "a, b"
 
 
-@pytest.mark.parametrize("bench", [bench_norm, bench_swiglu, bench_tokens, bench_host])
+@pytest.mark.parametrize("bench", [bench_attention, bench_norm, bench_swiglu, bench_tokens, bench_host])
 def test_every_quick_case_runs(bench, called_once):
     rows = list(bench.rows(quick=True))
     assert rows and not [row for row in rows if row["absent"].startswith(harness.FAILS)]
@@ -99,6 +99,17 @@ def test_the_norms_peers_compute_the_same(function):
 def test_the_swiglus_peers_compute_the_same(function):
     inputs = bench_swiglu.inputs(function, 5, 13, torch.float64)
     same(bench_swiglu.ours(function, 13)(*inputs), bench_swiglu.peers(function, 13)["torch"](*inputs))
+
+
+@pytest.mark.parametrize("case", bench_attention.TINY, ids=str)
+def test_the_attentions_peers_compute_the_same(case):
+    """In float64, which on a GPU none of them takes."""
+    inputs = bench_attention.inputs(case, torch.float64)
+    found = bench_attention.peers(case, torch.float64)
+    peers = [peer for name, peer in found.items() if name.startswith("SDPA") and callable(peer)]
+    assert len(peers) == 2 or harness.device().type == "cuda"
+    for peer in peers:
+        same(bench_attention.ours(case)(*inputs), peer(*inputs))
 
 
 def same(ours, theirs):
@@ -141,6 +152,18 @@ def test_floors_are_those_of_the_pages():
     }
     assert bench_swiglu.passes("swiglu_norm", 2048) == (3 * 2048, 5 * 2048)
     assert bench_swiglu.passes("swiglu_norm_packed", 2730) == (2 * 2730 + 2736, 3 * 2730 + 2 * 2736)
+
+
+def test_attentions_floors_are_those_of_two_products_and_of_five(monkeypatch):
+    """Bytes per channel of a token in two-byte dtypes, and L/14's sizes with half the tokens dropped."""
+    assert {mode: 2 * passes for mode, passes in bench_attention.PASSES.items()} == {"forward": 8, "backward": 16}
+    case = next(case for case in bench_attention.CASES if case.tower == "L/14" and case.dropped)
+    elements, padded, pairs = bench_attention.work(case)
+    assert (elements, padded, pairs) == (256 * 129 * 1024, 256 * 144**2 * 1024, 256 * 16 * 129**2)
+    monkeypatch.setattr(rates, "measured", lambda quick: {"mma_sync_tflop_s": 500.0, "ex2_g_s": 4000.0})
+    assert rates.floors(4 * padded, pairs) == {"products_us": 43.49, "exps_us": 17.04}
+    monkeypatch.setattr(rates, "measured", lambda quick: "there is no GPU")
+    assert rates.floors(4 * padded, pairs) == {"products_us": "", "exps_us": ""}
 
 
 @pytest.mark.gpu

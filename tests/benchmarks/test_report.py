@@ -51,6 +51,17 @@ def test_a_table_has_medians_ratios_shares_floors_and_the_absent(root):
     assert "| Some GPU | norm | backward | 50% | 0.50 |" in (root / "README.md").read_text()
 
 
+def test_floors_that_are_no_copys_stand_beside_it():
+    by_device = {"some-gpu": rows(family="attention", products_us=43.49, exps_us="")}
+    text = report.family_text("attention", {name: text_of(found) for name, found in by_device.items()}, "")
+    assert "Floors, in this order: bytes / copy rate, padded products / mma.sync rate." in text
+    assert "| norm, 8 rows, forward | 80.0 us / 43.5 us | 100 us (80%) | 150 us (1.5 x) |" in text
+
+
+def text_of(found: list[dict]) -> list[dict[str, str]]:
+    return [{field: str(value) for field, value in row.items()} for row in found]
+
+
 def test_memory_is_shown_as_memory():
     case = {"shape": "batch 8", "mode": "step, memory above the inputs", "dtype": "float32", "share_of_clone": ""}
     ours = dict.fromkeys(harness.FIELDS, "") | case | {"provider": "ours", "p50_us": "5", "peak_mb": "119.7"}

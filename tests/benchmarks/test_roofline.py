@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks import harness, roofline
+from benchmarks import harness, rates, roofline
 
 H200 = {"multiprocessors": 132, "cache_mb": 62.9, "clock_mhz": 1980.0, "memory_clock_mhz": 3201.0}
 H200 |= {"memory_bus_bits": 6144}
@@ -43,6 +43,14 @@ def test_rates_are_those_of_the_measured_times(monkeypatch):
     assert roofline.rates(quick=True) == {"copy_gb_s": 0.0, "matmul_tflop_s": 0.0}
     monkeypatch.setattr(harness, "measure", lambda runs, quick: {name: harness.Timing([1.0]) for name in runs})
     assert roofline.rates(quick=True) == {"copy_gb_s": 16777.2, "matmul_tflop_s": 33.554}
+
+
+def test_ceilings_have_the_rates_of_instructions_or_the_reason_why_not(monkeypatch):
+    monkeypatch.setattr(roofline, "rates", lambda quick: {})
+    monkeypatch.setattr(rates, "measured", lambda quick: {"mma_sync_tflop_s": 500.0, "ex2_g_s": 4000.0})
+    assert roofline.ceilings()["ex2_g_s"] == 4000.0
+    monkeypatch.setattr(rates, "measured", lambda quick: "nvcc was not found")
+    assert roofline.ceilings()["mma_sync, ex2"] == "absent: nvcc was not found"
 
 
 def test_provenance_keeps_the_other_families(tmp_path):
