@@ -52,6 +52,8 @@ CALLS = {
     "width 6144": lambda: (smallest.norm([6144]), smallest.swiglu([6144])),
     "224 by 14": partial(smallest.tokens, 224, 14),
     "any size": smallest.lamb,
+    "129 tokens": partial(smallest.attention, 129),
+    "2049 tokens": partial(smallest.attention, 2049),
 }
 KIB = 1024
 SHARED_MEMORY = {"sm_80": 164 * KIB, "sm_90": 228 * KIB}  # of a multiprocessor

@@ -5,6 +5,7 @@
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterable
 
@@ -71,17 +72,27 @@ def lamb() -> None:
             optimizer.step()
 
 
-def attention() -> None:
+def attention(tokens: int = 18) -> None:
+    side = math.isqrt(tokens) + 1
     for head_dim, dtype in itertools.product(HEAD_DIMS, (torch.bfloat16, torch.float16)):
-        qkv, rope = new(2, 18, 3, 3, head_dim, dtype=dtype), ek.Rope2d(5, head_dim).to(harness.device())
-        positions = torch.rand(2, 25, device=qkv.device).argsort(1)[:, :17].to(torch.uint8)
+        qkv, rope = new(2, tokens, 3, 3, head_dim, dtype=dtype), ek.Rope2d(side, head_dim).to(harness.device())
+        positions = torch.rand(2, side**2, device=qkv.device).argsort(1)[:, : tokens - 1].to(torch.int16)
         back(ek.attention_qkvpacked(qkv, rope=rope, positions=positions))
         back(ek.attention_qkvpacked(qkv, causal=True))
-    # More than shared memory holds: keys pass through it in stages, and a second kernel makes dq.
+
+
+def long_attention() -> None:
+    """More than shared memory holds: keys pass through it in stages, and a second kernel makes dq."""
     back(ek.attention_qkvpacked(new(1, 577, 3, 1, 128, dtype=torch.bfloat16)))
 
 
-FAMILIES = {"norm": norm, "swiglu": swiglu, "tokens": tokens, "lamb": lamb, "attention": attention}
+FAMILIES = {
+    "norm": norm,
+    "swiglu": swiglu,
+    "tokens": tokens,
+    "lamb": lamb,
+    "attention": lambda: (attention(), long_attention()),
+}
 
 
 def main() -> None:

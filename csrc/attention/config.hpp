@@ -17,8 +17,9 @@ struct ForwardConfig {
   // Blocks of 16 queries that a warp takes at a time. Two share each load of keys and values, which halves what is read
   // from shared memory; beyond D = 64 their output alone would take 144 registers and more.
   static constexpr int kTiles = D <= 64 ? 2 : 1;
-  // Keys between two looks at the maximum of a row. More cost registers: 8 for 16 keys, times kTiles.
-  static constexpr int kStep = 32;
+  // Keys between two looks at the maximum of a row. More cost registers, 8 for 16 keys, times kTiles; at D = 128 all are
+  // taken.
+  static constexpr int kStep = D < 128 ? 32 : 16;
   // D registers hold 16 outputs and queries; 128 in all suffice for D = 72, and 168 always.
   static constexpr int kWarps = kTiles == 1 && D <= 72 ? 16 : 12;
 };
