@@ -38,7 +38,8 @@ struct AttentionBackward {
   int first_sample;
 };
 
-// How many bytes of shared memory a block may have decides what stays there: `shared_memory`, the device's opt-in limit.
+// How many bytes of shared memory a block may have decides what stays there: `shared_memory`, the device's opt-in
+// limit.
 Status attention_forward(const AttentionForward&, int shared_memory, Stream);
 Status attention_backward(const AttentionBackward&, int shared_memory, Stream);
 }  // namespace ek

@@ -1,7 +1,7 @@
-// The backward pass by keys: a warp has 16 keys and keeps their dk and dv in registers while the queries pass by, 32 at a
-// time. What a warp needs of the others are the gradients of their scores; these cross through shared memory, and the
-// warps share the product with the keys that makes dq. So a tile takes five products, nothing is added to global memory,
-// and the order of every sum is fixed.
+// The backward pass by keys: a warp has 16 keys and keeps their dk and dv in registers while the queries pass by, 32 at
+// a time. What a warp needs of the others are the gradients of their scores; these cross through shared memory, and the
+// warps share the product with the keys that makes dq. So a tile takes five products, nothing is added to global
+// memory, and the order of every sum is fixed.
 //
 // Where the warps of a block do not hold all keys, they make several passes, and dq is summed in shared memory. Where
 // that does not fit either, each block makes one pass, without dq, which is left to backward_queries.cuh.
@@ -15,8 +15,7 @@ namespace ek {
 template <class T, int D>
 EK_DEVICE void add_to_dq(const Tile<float, D>& dq, const Tile<T, kQueries>& gradients, const Tile<T, D>& keys, int m,
                          int i, int end, bool more, int lane) {
-  constexpr int kChunks = D / kChunk;
-  constexpr int kSums = BackwardConfig<D>::kSums;
+  constexpr int kChunks = D / kChunk, kSums = BackwardConfig<D>::kSums;
   float sum[kSums][2][4] = {};
   auto each = [&](auto&& f) {
 #pragma unroll
@@ -24,8 +23,7 @@ EK_DEVICE void add_to_dq(const Tile<float, D>& dq, const Tile<T, kQueries>& grad
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (2 * i + n < kChunks) {
-          float* at = dq.chunk(m * kBlock + lane / 4 + 8 * half, 2 * i + n) + lane % 4 * 2;
-          f(*reinterpret_cast<float2*>(at), n, 2 * half);
+          f(dq.pair(m * kBlock + lane / 4 + 8 * half, 2 * i + n, lane % 4), n, 2 * half);
         }
   };
   if (more) each([&](const float2& x, int n, int e) { sum[0][n][e] = x.x, sum[0][n][e + 1] = x.y; });
@@ -38,7 +36,8 @@ EK_DEVICE void add_to_dq(const Tile<float, D>& dq, const Tile<T, kQueries>& grad
       load_block<true>(y, keys, row + h * kBlock, i, lane);
       const std::uint32_t a[4] = {x[0], x[2], x[1], x[3]};  // x is ordered for a product with queries as columns
 #pragma unroll
-      for (int n = 0; n < 2; ++n) mma_m16n8k16<T>(sum[h][n], a, y[2 * n], y[2 * n + 1]);
+      for (int n = 0; n < 2; ++n)
+        if (2 * i + n < kChunks) mma_m16n8k16<T>(sum[h][n], a, y[2 * n], y[2 * n + 1]);
     }
   }
 #pragma unroll
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
 
   // Asked for again each time, like all that follows from the pass: registers are for dk and dv.
   auto held = [&] { return place.warps() * kBlock; };  // keys of a pass
-  auto own = [&] { return place.warp * kBlock; };  // where those of the warp lie
+  auto own = [&] { return place.warp * kBlock; };      // where those of the warp lie
   // Shared memory of a head: two stages of queries and dout; keys and values of a pass; the statistics; for dq, the
   // gradients of a stage's scores and, where there are several passes, the sum.
   auto stages = [&] {
@@ -93,8 +92,8 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
 
   statistics().template fill<T, D>(p, place, 0, place.warp, place.warps());
   for (int pass = blockIdx.z; pass < passes; pass += gridDim.z) {
-    auto first = [&] { return anew(pass) * held(); };                 // key of the pass
-    auto key = [&] { return first() + own(); };                     // the first of the warp
+    auto first = [&] { return anew(pass) * held(); };  // key of the pass
+    auto key = [&] { return first() + own(); };        // the first of the warp
     auto exist = [&] { return place.exist(first(), held(), tokens); };
     auto begin = [&] { return mask.causal ? first() / R * R : 0; };  // the first queries that see any key of the pass
     copy_rows(keys(), place.row<T>(p.k, first()), p.k.token, held(), exist(), anew(threadIdx.x), place.threads());
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
             const Tile<T, R> to = gradients();
 #pragma unroll
             for (int r = 0; r < 4; ++r)
-              *reinterpret_cast<std::uint32_t*>(to.chunk(own() + lane / 4 + r % 2 * 8, 2 * m + r / 2) + lane % 4 * 2) = a[0][r];
+              to.pair(own() + lane / 4 + r % 2 * 8, 2 * m + r / 2, lane % 4) = a[0][r];
           }
         }
       }

@@ -48,18 +48,19 @@ __global__ void __launch_bounds__(32 * kBackwardQueryWarps, 1)
     add_products<1>([&](int) -> float(&)[2][4] { return weight[0]; }, load_query, keys, row, 1, place.lane());
     add_products<1>([&](int) -> float(&)[2][4] { return gradient[0]; }, load_dout, values, row, 1, place.lane());
     const bool edge = mask.touches(first, key + kBlock);
+    const int query_here = first + place.lane() / 4, key_here = key + place.lane() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         differentiate(weight[0][n][e], gradient[0][n][e], p.shape.scale_log2, lse[e / 2], delta[e / 2],
-                      edge && mask.hides(first + place.lane() / 4 + e / 2 * 8, key + n * 8 + place.lane() % 4 * 2 + e % 2));
+                      edge && mask.hides(query_here + e / 2 * 8, key_here + n * 8 + e % 2));
     std::uint32_t a[1][4];
     pack_block<T>(a[0], gradient[0]);
     add_weighted_rows(dq, a, keys, row, 1, place.lane());
   }
   if (exist)
-    store_turned_block(place.row<T>(p.dq, first), p.dq.token, dq[0], queries, p.shape.scale, p.rope, place.sample(), first,
-                       tokens - first, anew(place.lane()));
+    store_turned_block(place.row<T>(p.dq, first), p.dq.token, dq[0], queries, p.shape.scale, p.rope, place.sample(),
+                       first, tokens - first, anew(place.lane()));
 }
 }  // namespace ek

@@ -15,7 +15,10 @@ using Shape = std::tuple<int, int, int, int, int, float, bool>;
 // rows, columns, height, width, prefix, interleaved; positions, their type, their count
 using Rotation = std::tuple<Address, Address, int, int, int, bool, Address, int, int>;
 
-Heads heads(const Strided& x) { return {pointer<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
+Heads heads(const Strided& x) {
+  const auto& [address, batch, token, head] = x;
+  return {pointer<void>(address), batch, token, head};
+}
 
 AttentionShape shape(const Shape& s) {
   const auto& [dtype, batch, tokens, heads, head_dim, scale, causal] = s;

@@ -1,7 +1,7 @@
 // What is chosen per head dimension and length, and why.
 //
-// A multiprocessor has 64 Ki registers in four parts, so what a kernel may use per thread depends on how many warps a part
-// is to hold: 255 for 2 (8 warps in all), 168 for 3 (12 warps), 128 for 4 (16 warps).
+// A multiprocessor has 64 Ki registers in four parts, so what a kernel may use per thread depends on how many warps a
+// part is to hold: 255 for 2 (8 warps in all), 168 for 3 (12 warps), 128 for 4 (16 warps).
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -17,8 +17,8 @@ struct ForwardConfig {
   // Blocks of 16 queries that a warp takes at a time. Two share each load of keys and values, which halves what is read
   // from shared memory; beyond D = 64 their output alone would take 144 registers and more.
   static constexpr int kTiles = D <= 64 ? 2 : 1;
-  // Keys between two looks at the maximum of a row. More cost registers, 8 for 16 keys, times kTiles; at D = 128 all are
-  // taken.
+  // Keys between two looks at the maximum of a row. More cost registers, 8 for 16 keys, times kTiles; at D = 128 all
+  // are taken.
   static constexpr int kStep = D < 128 ? 32 : 16;
   // D registers hold 16 outputs and queries; 128 in all suffice for D = 72, and 168 always.
   static constexpr int kWarps = kTiles == 1 && D <= 72 ? 16 : 12;
@@ -84,15 +84,16 @@ template <int D>
 constexpr BackwardPlan backward_plan(int tokens, int heads, int shared_memory) {
   const auto ceil = [](int a, int b) { return (a + b - 1) / b; };
   const int row = 2 * D, blocks = ceil(tokens, 16), all = ceil(tokens, kQueries) * kQueries;
-  // Fewest passes first: each streams the queries and dout again, though not from far, and has barriers of its own. Five
-  // would cost more than the two products of seven that a second kernel makes again.
+  // Fewest passes first: each streams the queries and dout again, though not from far, and has barriers of its own.
+  // Five would cost more than the two products of seven that a second kernel makes again.
   for (bool whole : {true, false})
     for (int passes = 1; passes <= (whole ? 4 : blocks); ++passes) {
       const int warps = ceil(blocks, passes);
       const int for_dq = whole ? warps * 16 * 2 * kQueries + (passes > 1 ? all * 2 * row : 0) : 0;
       const int bytes = 2 * 4 * all + (2 * 16 * warps + 4 * kQueries) * row + for_dq;
       if (warps > BackwardConfig<D>::kWarps || bytes > shared_memory) continue;
-      const int together = whole && passes == 1 && warps < kMaxHeads ? std::min({heads, kMaxHeads / warps, shared_memory / bytes}) : 1;
+      const bool alone = !whole || passes > 1 || warps >= kMaxHeads;
+      const int together = alone ? 1 : std::min({heads, kMaxHeads / warps, shared_memory / bytes});
       return {warps, together, ceil(blocks, warps), whole, bytes};
     }
   return {};

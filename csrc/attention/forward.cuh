@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1)
 #pragma unroll
       for (int s = 0; s < S; ++s) {
         if (s && key + s * kBlock >= seen) break;
-        add_products<M>([&](int m) -> float(&)[2][4] { return score[m][s]; }, load_q, keys, row + s * kBlock, blocks, anew(lane));
+        auto score_of = [&](int m) -> float(&)[2][4] { return score[m][s]; };
+        add_products<M>(score_of, load_q, keys, row + s * kBlock, blocks, anew(lane));
       }
 #pragma unroll
       for (int m = 0; m < M; ++m) {

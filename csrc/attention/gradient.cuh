@@ -1,5 +1,5 @@
-// What both backward kernels make of a query and a key: the weight p = exp(score - lse), as in the forward pass, and the
-// gradient of the score, p * (dout . value - delta), where delta = dout . out is a number per query.
+// What both backward kernels make of a query and a key: the weight p = exp(score - lse), as in the forward pass, and
+// the gradient of the score, p * (dout . value - delta), where delta = dout . out is a number per query.
 #pragma once
 #include "softmax.cuh"
 #include "stage.cuh"

@@ -1,7 +1,7 @@
 // Softmax over keys that arrive a few at a time: what is kept of a row is the largest score so far, the sum of the
 // exponentials of the scores less that, and the output weighted with the same. When the largest grows, both are scaled.
-// To let it lag, and scale hardly ever, was tried: where one key has most of the weight, its weight is then no longer 1,
-// and its rounding shows.
+// To let it lag, and scale hardly ever, was tried: where one key has most of the weight, its weight is then no longer
+// 1, and its rounding shows.
 #pragma once
 #include "../common/primitives.cuh"
 

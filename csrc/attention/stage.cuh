@@ -8,8 +8,8 @@ struct alignas(128) SharedBytes {
   unsigned char at[128];
 };
 
-// The head that this row of threads of the block works on. Blocks are (threads of a head, heads), grids (blocks of heads,
-// samples, blocks that share a head).
+// The head that this row of threads of the block works on. Blocks are (threads of a head, heads), grids (blocks of
+// heads, samples, blocks that share a head).
 struct Place {
   int first_sample, heads;
   // The same in all lanes, and by way of a shuffle the compiler knows it: what depends on it does not diverge.

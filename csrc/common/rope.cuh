@@ -1,7 +1,7 @@
 // Two-dimensional rotary embedding of rows in shared memory.
 //
-// Pair i of the D / 2 of a head turns by the angle of its patch's row for i < D / 4, else of its column. Work is cut into
-// units of 4 pairs: 8 neighbouring channels, or, where pairs are not neighbours, 4 channels of either half.
+// Pair i of the D / 2 of a head turns by the angle of its patch's row for i < D / 4, else of its column. Work is cut
+// into units of 4 pairs: 8 neighbouring channels, or, where pairs are not neighbours, 4 channels of either half.
 #pragma once
 #include "kept_ids.cuh"
 #include "rope.hpp"
@@ -134,7 +134,7 @@ EK_DEVICE void store_turned_block(T* to, long long stride, const float (&sum)[D 
     __syncwarp();
 #pragma unroll
     for (int c = 0; c < wide.kChunks; ++c)
-      *reinterpret_cast<float2*>(wide.chunk(lane / 4, c) + lane % 4 * 2) = {sum[c][2 * half], sum[c][2 * half + 1]};
+      wide.pair(lane / 4, c, lane % 4) = {sum[c][2 * half], sum[c][2 * half + 1]};
     __syncwarp();
     const int row = 8 * half;
     store_rows(to + row * stride, stride, wide, scale, rope, sample, first + row, min(rows - row, 8), lane, 32);

@@ -21,6 +21,11 @@ struct Tile {
 
   EK_DEVICE static int flip(int row) { return row / (8 / kPeriod) % kPeriod; }
   EK_DEVICE T* chunk(int row, int c) const { return at + (row * kChunks + (c ^ flip(row))) * kChunk; }
+  // Two neighbours of a chunk, as a lane holds them of a product: in the elements' width, or packed.
+  EK_DEVICE auto& pair(int row, int c, int i) const {
+    using Pair = std::conditional_t<sizeof(T) == 4, float2, std::uint32_t>;
+    return *reinterpret_cast<Pair*>(chunk(row, c) + 2 * i);
+  }
   EK_DEVICE Tile below(int rows) const { return {at + rows * D}; }  // `rows` is a multiple of 8
 };
 
@@ -45,8 +50,8 @@ EK_DEVICE void load_block(std::uint32_t (&r)[4], const Tile<T, D>& tile, int row
   ldmatrix_x4<Transposed>(r, tile.at + (mine * tile.kChunks + c) * kChunk);
 }
 
-// s(m) += a(m) b^T over channels, for 16 rows of b and up to M blocks of 16 rows, of which `count` exist: s(m)[n] has as
-// columns the rows 8n to 8n + 7 of b. load_a(x, m, i) loads block i of the channels of a(m).
+// s(m) += a(m) b^T over channels, for 16 rows of b and up to M blocks of 16 rows, of which `count` exist: s(m)[n] has
+// as columns the rows 8n to 8n + 7 of b. load_a(x, m, i) loads block i of the channels of a(m).
 template <int M, class T, int D, class S, class A>
 EK_DEVICE void add_products(S&& s, A&& load_a, const Tile<T, D>& b, int row, int count, int lane) {
 #pragma unroll
@@ -102,8 +107,7 @@ EK_DEVICE void store_block(T* to, long long stride, const float (&sum)[D / kChun
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int c = 0; c < through.kChunks; ++c)
-      *reinterpret_cast<std::uint32_t*>(through.chunk(lane / 4 + 8 * half, c) + lane % 4 * 2) =
-          pack2<T>(sum[c][2 * half], sum[c][2 * half + 1]);
+      through.pair(lane / 4 + 8 * half, c, lane % 4) = pack2<T>(sum[c][2 * half], sum[c][2 * half + 1]);
   __syncwarp();
 #pragma unroll 1
   for (int i = lane; i < min(rows, kBlock) * through.kChunks; i += 32) {
