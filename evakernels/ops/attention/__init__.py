@@ -152,8 +152,9 @@ def _rotation(function: str, x: Tensor, rope: Rope2d | None, positions: Tensor |
             raise ValueError(f"{function}: there are {tokens} tokens, fewer than the {prefix} prefix tokens of rope")
         because = f"a patch id for every token after the {prefix} of the prefix"
         checks.shape(function, "positions", positions, (x.shape[0], tokens - prefix), because)
-    checks.same_device(function, x, rope=rope.row_table, positions=positions)
-    return rope.row_table, rope.column_table, positions, prefix, rope.interleaved
+    rows, columns = rope.row_table, rope.column_table
+    checks.same_device(function, x, rope=rows, positions=positions)
+    return rows, columns, positions, prefix, rope.interleaved
 
 
 def _loadable(x: Tensor, dtype: torch.dtype) -> Tensor:

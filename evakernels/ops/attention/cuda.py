@@ -21,8 +21,8 @@ def refuses(op: str, *args) -> str | None:
     rows, columns, scale = *args[-7:-5], args[-1]
     if not scale > 0:
         return f"its kernels take a positive scale, not {scale}"
-    if rows is not None and len(rows) * len(columns) > MOST_PATCHES:
-        return f"its kernels take grids of up to {MOST_PATCHES} patches, not {len(rows)} x {len(columns)}"
+    if rows is not None and rows.shape[0] * columns.shape[0] > MOST_PATCHES:
+        return f"its kernels take grids of up to {MOST_PATCHES} patches, not {rows.shape[0]} x {columns.shape[0]}"
     return None
 
 
@@ -65,9 +65,10 @@ def _backward(dout, q, k, v, out, lse, dq, dk, dv, *options) -> None:
 
 def _aligned(x: Tensor) -> Tensor:
     """Rows of neighbouring channels that begin at multiples of 16 bytes; a copy where they do not."""
-    if x.stride(-1) == 1 and not any(n % 8 for n in x.stride()[:-1]) and x.data_ptr() % 16 == 0:
+    batch, token, head, channel = x.stride()
+    if channel == 1 and (batch | token | head) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
-    return x.contiguous() if x.data_ptr() % 16 == 0 or not x.is_contiguous() else x.clone()
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _call(name: str, tensors: list[Tensor], lse: Tensor, rows, columns, positions, prefix, interleaved, causal, scale):
@@ -76,7 +77,7 @@ def _call(name: str, tensors: list[Tensor], lse: Tensor, rows, columns, position
     shape = (native.DTYPES[q.dtype], batch, tokens, heads, head_dim, scale, causal)
     ids, *kind = native.kept_ids(positions, tokens - prefix)
     tables = [None if x is None else x.contiguous() for x in (rows, columns)]
-    grid = (1, 1) if rows is None else (len(rows), len(columns))
+    grid = (1, 1) if rows is None else (rows.shape[0], columns.shape[0])
     touched = [x for x in (*tensors, *tables, ids) if x is not None]
     rotation = (*map(_address, tables), *grid, prefix, interleaved, _address(ids), *kind)
     strided = [(x.data_ptr(), *x.stride()[:3]) for x in tensors]
