@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
                place.exist(query, rows, tokens), anew(threadIdx.x), place.threads());
   };
 
-  statistics().template fill<T, D>(p, place, 0, place.warp, place.warps());
   for (int pass = blockIdx.z; pass < passes; pass += gridDim.z) {
     auto first = [&] { return anew(pass) * held(); };  // key of the pass
     auto key = [&] { return first() + own(); };        // the first of the warp
@@ -99,6 +98,8 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
     copy_rows(keys(), place.row<T>(p.k, first()), p.k.token, held(), exist(), anew(threadIdx.x), place.threads());
     copy_rows(values(), place.row<T>(p.v, first()), p.v.token, held(), exist(), anew(threadIdx.x), place.threads());
     fetch(begin());
+    if (pass == int(blockIdx.z))  // while these are under way; the first pass sees all queries that later ones do
+      statistics().template fill<T, D>(p, place, 0, begin(), place.warp, place.warps());
 
     float dk[1][Rows::kChunks][4] = {}, dv[1][Rows::kChunks][4] = {};
     int query = begin();
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const int at = row + 8 * n + lane % 4 * 2 + e % 2;
-              differentiate(weight[0][n][e], gradient[0][n][e], p.shape.scale_log2, of.lse[at],
+              differentiate(weight[0][n][e], gradient[0][n][e], p.shape.scale_log2, of.lse_log2[at],
                             of.delta()[at], edge && mask.hides(at, column + lane / 4 + e / 2 * 8));
             }
 

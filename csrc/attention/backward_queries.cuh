@@ -28,15 +28,17 @@ __global__ void __launch_bounds__(32 * kBackwardQueryWarps, 1)
   copy_rows(queries, place.row<T>(p.q, first), p.q.token, kBlock, exist, place.lane(), 32);
   copy_rows(dout, place.row<T>(p.dout, first), p.dout.token, kBlock, exist, place.lane(), 32);
   cp_async_commit();
-  statistics.fill<T, D>(p, place, first, 0, 1);
+  statistics.fill<T, D>(p, place, first, 0, 0, 1);
   cp_async_wait<0>();
   __syncwarp();
   turn_rows(queries, p.rope, place.sample(), first, exist, place.lane(), 32);
   __syncwarp();
-  float lse[2], delta[2];  // of the rows of which this lane holds elements
+  float lse_log2[2], delta[2];  // of the rows of which this lane holds elements
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
-    lse[r] = statistics.lse[place.lane() / 4 + 8 * r], delta[r] = statistics.delta()[place.lane() / 4 + 8 * r];
+  for (int r = 0; r < 2; ++r) {
+    const int at = place.lane() / 4 + 8 * r;
+    lse_log2[r] = statistics.lse_log2[at], delta[r] = statistics.delta()[at];
+  }
 
   float dq[1][Rows::kChunks][4] = {};
   for (int key = 0, row = 0; key < last; key += kBlock, row += kBlock) {
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(32 * kBackwardQueryWarps, 1)
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        differentiate(weight[0][n][e], gradient[0][n][e], p.shape.scale_log2, lse[e / 2], delta[e / 2],
+        differentiate(weight[0][n][e], gradient[0][n][e], p.shape.scale_log2, lse_log2[e / 2], delta[e / 2],
                       edge && mask.hides(query_here + e / 2 * 8, key_here + n * 8 + e % 2));
     std::uint32_t a[1][4];
     pack_block<T>(a[0], gradient[0]);

@@ -15,12 +15,12 @@ constexpr int kStreamedKeys = 64;  // of a stage, where keys do not stay in shar
 template <int D>
 struct ForwardConfig {
   // Blocks of 16 queries that a warp takes at a time. Two share each load of keys and values, which halves what is read
-  // from shared memory; beyond D = 64 their output alone would take 144 registers and more.
+  // from shared memory; beyond D = 64 their outputs and queries alone would take 3/2 D registers, 108 and more.
   static constexpr int kTiles = D <= 64 ? 2 : 1;
   // Keys between two looks at the maximum of a row. More cost registers, 8 for 16 keys, times kTiles; at D = 128 all
   // are taken.
   static constexpr int kStep = D < 128 ? 32 : 16;
-  // D registers hold 16 outputs and queries; 128 in all suffice for D = 72, and 168 always.
+  // Outputs and queries take 3/4 D registers for 16 rows; 128 in all suffice for D = 72, and 168 always.
   static constexpr int kWarps = kTiles == 1 && D <= 72 ? 16 : 12;
 };
 
@@ -46,7 +46,7 @@ constexpr ForwardPlan forward_plan(int tokens, int heads, int shared_memory) {
     const int shared = (2 * padded + warps * queries) * row;
     if (shared > shared_memory) break;
     const int blocks = std::min((shared_memory + 1024) / (shared + 1024), Config::kWarps / warps);
-    const int progress = blocks * units * 64 / ceil(units, warps);
+    const int progress = blocks * units * 64 / ceil(units, warps);  // in 64ths of a unit at a time
     if (progress > most) most = progress, busy = blocks * warps, best = {warps, 1, padded, 1, std::size_t(shared)};
   }
   // Where that leaves room for less than half of the warps, keys pass through two stages, and blocks share a head.

@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1)
         for (int c = 0; c < Rows::kChunks; ++c) out[m][c][2 * r] *= inverse, out[m][c][2 * r + 1] *= inverse;
         const int token = query + lane / 4 + 8 * r;
         if (lane % 4 == 0 && token < tokens)
-          p.lse[place.index(token, tokens)] =
-              softmax[m].top[r] * p.shape.scale + logf(sum);
+          p.lse[place.index(token, tokens)] = softmax[m].top[r] * p.shape.scale + logf(sum);
       }
       store_block(place.row<T>(p.out, query), p.out.token, out[m], queries.below(m * kBlock), tokens - query, lane);
     }

@@ -7,16 +7,6 @@
 
 namespace ek {
 
-// The largest or the sum over the four lanes that hold a row of a block.
-EK_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-EK_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 // Of the two rows of a block, 8 apart, of which this lane holds elements.
 struct OnlineSoftmax {
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // `sum` of this lane's elements alone

@@ -60,8 +60,8 @@ struct StagedKeys {
   }
   EK_DEVICE bool streamed() const { return staged < tokens; }
 
-  // Where streamed: whether the keys from `key` on have to be brought; then by all threads, and `last` ends them all.
-  // Returns the row in which `key` lies.
+  // Where streamed, and `key` is where the next stage begins: waits for it, has the one after it fetched unless keys
+  // end at `last`, and returns the row in which `key` lies.
   EK_DEVICE int bring(int key, int last) {
     const int slot = key & staged;
     cp_async_wait<0>();

@@ -232,4 +232,14 @@ EK_DEVICE float warp_sum(float x) {
   return x;
 }
 
+// The largest, or the sum, over the four lanes that hold a row of a product.
+EK_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+EK_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
 }  // namespace ek

@@ -175,7 +175,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        gradients = _attention_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options)
+        gradients = _attention_backward(_loadable(dout, dout.dtype), *ctx.saved_tensors, *ctx.options)
         return (*gradients, *[None] * 7)
 
 
@@ -190,7 +190,7 @@ class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        dqkv = _attention_qkvpacked_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options)
+        dqkv = _attention_qkvpacked_backward(_loadable(dout, dout.dtype), *ctx.saved_tensors, *ctx.options)
         return (dqkv, *[None] * 7)
 
 

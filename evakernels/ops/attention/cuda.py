@@ -7,6 +7,7 @@ from evakernels import native
 
 HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 112, 128)  # csrc/attention/select.hpp
 MOST_PATCHES = 1 << 20  # csrc/common/rope.hpp
+MOST_TOKENS = 7168  # of which the backward kernel has two numbers each in shared memory, beside its tiles
 
 
 def refuses(op: str, *args) -> str | None:
@@ -18,6 +19,9 @@ def refuses(op: str, *args) -> str | None:
         return f"its kernels take bfloat16 and float16, not {x.dtype}; give it one of these, or run under autocast"
     if x.shape[-1] not in HEAD_DIMS:
         return f"its kernels take head dimensions {', '.join(map(str, HEAD_DIMS))}, not {x.shape[-1]}"
+    tokens = x.shape[1]
+    if tokens > MOST_TOKENS:
+        return f"its kernels take up to {MOST_TOKENS} tokens, not {tokens}"
     rows, columns, scale = *args[-7:-5], args[-1]
     if not scale > 0:
         return f"its kernels take a positive scale, not {scale}"
@@ -59,8 +63,7 @@ def _forward(q, k, v, out, *options) -> Tensor:
 
 def _backward(dout, q, k, v, out, lse, dq, dk, dv, *options) -> None:
     if q.shape[0] and q.shape[2]:
-        inputs = map(_aligned, (q, k, v, out, dout.to(q.dtype)))
-        _call("attention_backward", [*inputs, dq, dk, dv], lse.contiguous(), *options)
+        _call("attention_backward", [*map(_aligned, (q, k, v, out, dout)), dq, dk, dv], lse, *options)
 
 
 def _aligned(x: Tensor) -> Tensor:
