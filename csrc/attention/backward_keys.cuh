@@ -90,6 +90,8 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
                place.exist(query, rows, tokens), anew(threadIdx.x), place.threads());
   };
 
+  const int from = mask.causal ? int(blockIdx.z) * held() / R * R : 0;  // no pass needs queries before
+  statistics().template fill<T, D>(p, place, 0, from, place.warp, place.warps());
   for (int pass = blockIdx.z; pass < passes; pass += gridDim.z) {
     auto first = [&] { return anew(pass) * held(); };  // key of the pass
     auto key = [&] { return first() + own(); };        // the first of the warp
@@ -98,8 +100,6 @@ __global__ void __launch_bounds__(32 * BackwardConfig<D>::kWarps, 1)
     copy_rows(keys(), place.row<T>(p.k, first()), p.k.token, held(), exist(), anew(threadIdx.x), place.threads());
     copy_rows(values(), place.row<T>(p.v, first()), p.v.token, held(), exist(), anew(threadIdx.x), place.threads());
     fetch(begin());
-    if (pass == int(blockIdx.z))  // while these are under way; the first pass sees all queries that later ones do
-      statistics().template fill<T, D>(p, place, 0, begin(), place.warp, place.warps());
 
     float dk[1][Rows::kChunks][4] = {}, dv[1][Rows::kChunks][4] = {};
     int query = begin();

@@ -68,7 +68,7 @@ struct BackwardConfig {
   // D registers hold the dk and dv of a warp's 16 keys, and about 60 more what is made of a tile.
   static constexpr int kWarps = D <= 64 ? 16 : D <= 112 ? 12 : 8;
   // Of the product for dq, sums that do not wait for each other: two, where registers hold them.
-  static constexpr int kSums = (kWarps == 16 ? 128 : kWarps == 12 ? 168 : 255) - D > 64 ? 2 : 1;
+  static constexpr int kSums = (kWarps == 16 ? 128 : kWarps == 12 ? 168 : 255) - D > 80 ? 2 : 1;
 };
 
 // How the backward kernels are launched.
