@@ -14,7 +14,6 @@ import evakernels as ek
 from benchmarks import resources
 from evakernels import native
 
-KIB = 1024
 LIMITS = (99, 163, 227)
 SIZES = ((64, 77), (64, 129), (64, 197), (64, 257), (64, 577), (88, 129), (88, 257), (112, 129), (128, 129), (128, 257))
 
@@ -30,12 +29,6 @@ def registers() -> dict[str, int]:
     return found
 
 
-def blocks(threads: int, shared: int, held: int, limit: int) -> int:
-    """Of a multiprocessor at once, by registers and by shared memory; 1 KiB of each block is CUDA's."""
-    warps = threads // 32
-    return min(16384 // (-(-held // 8) * 8 * 32) * 4 // warps, (limit + 1) * KIB // (shared + KIB), 32)
-
-
 def launches(emulated, tokens: int, head_dim: int, limit: int) -> list[tuple[str, int, int]]:
     """Kernel, threads and shared memory of the blocks of one call forward and one backward."""
     q, k, v, out = torch.zeros(4, 1, tokens, 16, head_dim, dtype=torch.bfloat16)
@@ -48,7 +41,7 @@ def launches(emulated, tokens: int, head_dim: int, limit: int) -> list[tuple[str
 
     with (
         mock.patch.dict(native.loaded, {"cpu": emulated}),
-        mock.patch.object(native, "shared_memory", lambda _: limit * KIB),
+        mock.patch.object(native, "shared_memory", lambda _: limit * resources.KIB),
         ek.using("cuda"),
     ):
         made = emulated.launches(both)
@@ -70,8 +63,8 @@ def main() -> None:
                     cells.append("none")
                     continue
                 threads, shared = found[kernel]
-                count = blocks(threads, shared, used, limit)
-                cells.append(f"{count} x {threads // 32} warps, {shared / KIB:.0f} KiB")
+                count = resources.blocks(used, threads, shared, limit * resources.KIB + resources.RESERVED)
+                cells.append(f"{count} x {threads // 32} warps, {shared / resources.KIB:.0f} KiB")
             short = kernel.removeprefix("attention_").removesuffix("_kernel").replace("_", " by ", 1)
             print(f"| {head_dim} | {tokens} | {short} | {used} | {' | '.join(cells)} |")
 

@@ -120,12 +120,12 @@ def launches(emulated: ModuleType, architecture: str) -> dict[str, Launch]:
     return found
 
 
-def blocks(registers: int, threads: int, shared: int, architecture: str) -> int:
-    """How many blocks are on a multiprocessor at once, by registers, shared memory, warps (64) and blocks (32)."""
+def blocks(registers: int, threads: int, shared: int, memory: int) -> int:
+    """How many blocks a multiprocessor has at once, by registers, `memory` to share, warps (64) and blocks (32)."""
     warps = -(-threads // 32)
     # Each quarter of a multiprocessor has 16384 registers, given to warps 256 at a time; shared memory, 128 bytes.
     by_registers = 16384 // (-(-registers * 32 // 256) * 256) * 4 // warps
-    by_shared = SHARED_MEMORY[architecture] // (-(-(shared + RESERVED) // 128) * 128)
+    by_shared = memory // (-(-(shared + RESERVED) // 128) * 128)
     return min(by_registers, by_shared, 64 // warps, 32)
 
 
@@ -160,7 +160,7 @@ def rows(path: Path, emulated: ModuleType) -> list[dict]:
         assert launch, f"nothing launches {kernel}: add a call to CALLS"
         # From sm_90 on, ptxas counts what CUDA reserves.
         row["shared_bytes"] += launch.shared - (RESERVED if architecture >= "sm_90" else 0)
-        row["blocks"] = blocks(row["registers"], launch.threads, row["shared_bytes"], architecture)
+        row["blocks"] = blocks(row["registers"], launch.threads, row["shared_bytes"], SHARED_MEMORY[architecture])
         row["warps"] = row["blocks"] * -(-launch.threads // 32)
         row |= {"family": FAMILIES.get(start, start), "kernel": kernel, "architecture": architecture}
         table.append(row | {"at": launch.at, "threads": launch.threads})

@@ -87,4 +87,4 @@ def test_launches_are_told_instead_of_run(emulated, monkeypatch):
     ],
 )
 def test_occupancy_is_that_of_the_scarcest_resource(registers, threads, shared, architecture, blocks):
-    assert resources.blocks(registers, threads, shared, architecture) == blocks
+    assert resources.blocks(registers, threads, shared, resources.SHARED_MEMORY[architecture]) == blocks
