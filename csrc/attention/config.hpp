@@ -9,7 +9,9 @@
 #include "../launch.hpp"
 
 namespace ek {
-constexpr int kMaxHeads = 4;     // of one block
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+constexpr int kMaxHeads = 4;       // of one block
 constexpr int kStreamedKeys = 64;  // of a stage, where keys do not stay in shared memory; a power of 2
 
 template <int D>
@@ -36,8 +38,8 @@ struct ForwardPlan {
 template <int D>
 constexpr ForwardPlan forward_plan(int tokens, int heads, int shared_memory) {
   using Config = ForwardConfig<D>;
-  const auto ceil = [](int a, int b) { return (a + b - 1) / b; };
-  const int row = 2 * D, queries = 16 * Config::kTiles, padded = ceil(tokens, 16) * 16, units = ceil(tokens, queries);
+  const int row = 2 * D, queries = 16 * Config::kTiles;
+  const int padded = ceil_div(tokens, 16) * 16, units = ceil_div(tokens, queries);
   ForwardPlan best{};
   int most = 0, busy = 0;
   // All keys in shared memory: of the numbers of warps, the one that has most units of queries in progress on a
@@ -46,14 +48,14 @@ constexpr ForwardPlan forward_plan(int tokens, int heads, int shared_memory) {
     const int shared = (2 * padded + warps * queries) * row;
     if (shared > shared_memory) break;
     const int blocks = std::min((shared_memory + 1024) / (shared + 1024), Config::kWarps / warps);
-    const int progress = blocks * units * 64 / ceil(units, warps);  // in 64ths of a unit at a time
+    const int progress = blocks * units * 64 / ceil_div(units, warps);  // in 64ths of a unit at a time
     if (progress > most) most = progress, busy = blocks * warps, best = {warps, 1, padded, 1, std::size_t(shared)};
   }
   // Where that leaves room for less than half of the warps, keys pass through two stages, and blocks share a head.
   if (busy < std::min(units, Config::kWarps / 2)) {
     const int room = (shared_memory / row - 4 * kStreamedKeys) / queries;
-    best.query_blocks = ceil(units, std::min(room, Config::kWarps)), best.staged = kStreamedKeys, best.heads = 1;
-    best.warps = ceil(units, best.query_blocks);
+    best.query_blocks = ceil_div(units, std::min(room, Config::kWarps)), best.staged = kStreamedKeys, best.heads = 1;
+    best.warps = ceil_div(units, best.query_blocks);
     best.shared = std::size_t(4 * kStreamedKeys + best.warps * queries) * row;
   } else if (best.warps == units && units < kMaxHeads) {
     best.heads = std::min({heads, kMaxHeads / units, shared_memory / int(best.shared)}), best.shared *= best.heads;
@@ -82,19 +84,18 @@ struct BackwardPlan {
 
 template <int D>
 constexpr BackwardPlan backward_plan(int tokens, int heads, int shared_memory) {
-  const auto ceil = [](int a, int b) { return (a + b - 1) / b; };
-  const int row = 2 * D, blocks = ceil(tokens, 16), all = ceil(tokens, kQueries) * kQueries;
+  const int row = 2 * D, blocks = ceil_div(tokens, 16), all = ceil_div(tokens, kQueries) * kQueries;
   // Fewest passes first: each streams the queries and dout again, though not from far, and has barriers of its own.
   // Five would cost more than the two products of seven that a second kernel makes again.
   for (bool whole : {true, false})
     for (int passes = 1; passes <= (whole ? 4 : blocks); ++passes) {
-      const int warps = ceil(blocks, passes);
+      const int warps = ceil_div(blocks, passes);
       const int for_dq = whole ? warps * 16 * 2 * kQueries + (passes > 1 ? all * 2 * row : 0) : 0;
       const int bytes = 2 * 4 * all + (2 * 16 * warps + 4 * kQueries) * row + for_dq;
       if (warps > BackwardConfig<D>::kWarps || bytes > shared_memory) continue;
       const bool alone = !whole || passes > 1 || warps >= kMaxHeads;
       const int together = alone ? 1 : std::min({heads, kMaxHeads / warps, shared_memory / bytes});
-      return {warps, together, ceil(blocks, warps), whole, bytes};
+      return {warps, together, ceil_div(blocks, warps), whole, bytes};
     }
   return {};
 }
@@ -108,12 +109,11 @@ struct QueryPlan {
 
 template <int D>
 constexpr QueryPlan backward_query_plan(int tokens, int shared_memory) {
-  const auto ceil = [](int a, int b) { return (a + b - 1) / b; };
-  const int row = 2 * D, stages = 4 * kStreamedKeys * row, warp = 32 * row + 32 * 4, units = ceil(tokens, 16);
+  const int row = 2 * D, stages = 4 * kStreamedKeys * row, warp = 32 * row + 32 * 4, units = ceil_div(tokens, 16);
   QueryPlan plan{};
   const int room = std::min((shared_memory - stages) / warp, kBackwardQueryWarps);
   if (room < 1) return plan;
-  plan.blocks = ceil(units, room), plan.warps = ceil(units, plan.blocks);
+  plan.blocks = ceil_div(units, room), plan.warps = ceil_div(units, plan.blocks);
   plan.shared = std::size_t(stages + plan.warps * warp);
   return plan;
 }

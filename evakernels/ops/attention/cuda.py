@@ -63,7 +63,9 @@ def _forward(q, k, v, out, *options) -> Tensor:
 
 def _backward(dout, q, k, v, out, lse, dq, dk, dv, *options) -> None:
     if q.shape[0] and q.shape[2]:
-        _call("attention_backward", [*map(_aligned, (q, k, v, out, dout)), dq, dk, dv], lse, *options)
+        # Addresses say nothing of dtypes and strides: what a caller of the operator gives is made what kernels read.
+        inputs = map(_aligned, (q, k, v, out, dout.to(q.dtype)))
+        _call("attention_backward", [*inputs, dq, dk, dv], lse.contiguous(), *options)
 
 
 def _aligned(x: Tensor) -> Tensor:
