@@ -9,6 +9,10 @@ import pytest
 import torch
 from emulator import build
 
+# Without a GPU Triton interprets its kernels; it asks when the first of them is declared.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import evakernels as ek
 from evakernels import native
 
@@ -50,3 +54,13 @@ def kernels(request):
         request.getfixturevalue("monkeypatch").setitem(native.loaded, "cpu", library)
     with ek.using("cuda"):
         yield torch.device("cpu" if request.param == "emulated" else "cuda")
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_kernels(request):
+    """The device of the Triton kernels, which answer for every call: interpreted on the CPU, or a GPU."""
+    jit = pytest.importorskip("evakernels.jit", reason="triton is not installed")
+    if request.param == "interpreted" and not jit.INTERPRETED:
+        pytest.skip("Triton compiles here: TRITON_INTERPRET is not 1")
+    with ek.using("triton"):
+        yield torch.device("cpu" if request.param == "interpreted" else "cuda")
