@@ -10,6 +10,7 @@ import evakernels as ek
 from evakernels.ops.contrastive import reference
 
 OPS = torch.ops.evakernels
+ALONE = "", None  # the group and the sizes of one process
 
 
 def pairs(b, width=24, dtype=torch.float64, seed=0):
@@ -98,9 +99,9 @@ def test_ops_pass_opcheck(dtype, size, monkeypatch):
     monkeypatch.setattr(reference, "TILE", size)
     image, text = (x.detach() for x in pairs(9, 8, dtype))
     arguments = image, text, torch.tensor([10.0]), torch.tensor(-5.0)
-    opcheck(OPS.sigmoid_forward.default, arguments)
+    opcheck(OPS.sigmoid_forward.default, (*arguments, *ALONE))
     for wants in ((True, True), (True, False), (False, True)):
-        opcheck(OPS.sigmoid_with_gradients.default, (*arguments, *wants))
+        opcheck(OPS.sigmoid_with_gradients.default, (*arguments, *ALONE, *wants))
 
 
 @pytest.mark.parametrize(
