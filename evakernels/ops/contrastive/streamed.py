@@ -370,7 +370,7 @@ def summed(lay, own, of_rows, of_columns, smoothing, image, text, scale) -> tupl
     if smoothing:  # the mean of the positives minus that of S, which is the product of the mean features
         image_mean, text_mean = total[5:].chunk(2)
         loss = loss + smoothing * (total[4] - scale * image_mean.dot(text_mean))
-    return loss.to(scale.dtype), total[2:4].to(scale.dtype)
+    return loss.to(scale.dtype), total[2:4].to(scale.dtype, copy=True)
 
 
 def backpropagated(lay, rows, columns, image, text, scale, wants, gradients) -> tuple[Tensor, Tensor, Tensor]:
