@@ -1,6 +1,7 @@
 """Modules with the state-dict keys of the field, computed by this package's functions."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -202,15 +203,17 @@ class TokenDrop(nn.Module):
 
 
 class ClipLoss(nn.Module):
-    """open_clip's `ClipLoss`, by `evakernels.contrastive_loss`; for one process.
+    """open_clip's `ClipLoss`, by `evakernels.contrastive_loss`.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, use_horovod: accepted as open_clip's; without effect in one
-            process.
-        world_size: 1.
+        local_loss, gather_with_grad, cache_labels: accepted as open_clip's, without effect: the loss is that of the
+            whole batch, and gradients averaged over the processes are exact, as open_clip's are with gather_with_grad.
+        rank, world_size: above one process those of `torch.distributed`'s default group, which must be initialised when
+            the loss is first computed; every process has as many samples.
+        use_horovod: must be False.
 
     Raises:
-        NotImplementedError: `world_size` is above 1.
+        ValueError: `use_horovod` is True, or the default group is not initialised or of another size.
 
     Source: Radford et al., arXiv 2103.00020; github.com/mlfoundations/open_clip, `open_clip.loss.ClipLoss`.
     """
@@ -225,11 +228,8 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(
-                f"nn.ClipLoss: world_size is {world_size}; this version computes the loss of one process: pass 1, or"
-                " keep open_clip's ClipLoss"
-            )
+        if use_horovod:
+            raise ValueError("nn.ClipLoss: use_horovod is True; it must be False (processes meet by torch.distributed)")
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
 
@@ -245,5 +245,19 @@ class ClipLoss(nn.Module):
 
         `logit_bias`, the same for all logits, changes neither the loss nor a gradient; it gets none.
         """
-        loss = contrastive_loss(image_features, text_features, logit_scale)[0]
+        group = self._group()
+        sizes = None if group is None else [len(image_features)] * self.world_size
+        loss = contrastive_loss(image_features, text_features, logit_scale, group=group, batch_sizes=sizes)[0]
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _group(self) -> "dist.ProcessGroup | None":
+        if self.world_size == 1:
+            return None
+        size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+        if size != self.world_size:
+            found = f"it has {size} processes" if size else "it is not initialised"
+            raise ValueError(
+                f"nn.ClipLoss: world_size is {self.world_size}, but of torch.distributed's default group {found}; call"
+                " torch.distributed.init_process_group first, and give its size"
+            )
+        return dist.group.WORLD

@@ -1,4 +1,4 @@
-"""What every test shares: the `gpu` mark, the compiled kernels, and a torchvision that imports beside a CPU torch."""
+"""What every test shares: the `gpu` mark, the kernels, and a torchvision that imports beside a CPU torch."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torchvision_on_cpu  # noqa: F401
 from emulator import build
 
 # Without a GPU Triton interprets its kernels; it asks when the first of them is declared.
@@ -19,13 +20,6 @@ from evakernels import native
 # `benchmarks` is no part of the distribution: its folder comes last, so that the installed evakernels is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # the tensors here are small, and tests may run side by side
-
-if torch.version.cuda is None:
-    # torchvision's wheel registers fake kernels for two operators of a CUDA library that cannot load here, and
-    # fails to import where they are undeclared; timm and open_clip, our peers in tests, import it.
-    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
-    for _op in ("nms", "qnms"):
-        _torchvision.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def pytest_collection_modifyitems(items):

@@ -201,7 +201,12 @@ def test_autocast_runs_the_products_in_half_precision_and_keeps_float32_paramete
             "dim is 65 and num_heads 2",
         ),
         (lambda: ek.nn.TokenDrop(1.0), ValueError, "rate is 1.0; allowed is 0 <= rate < 1"),
-        (lambda: ek.nn.ClipLoss(world_size=2), NotImplementedError, "world_size is 2; this version"),
+        (lambda: ek.nn.ClipLoss(use_horovod=True), ValueError, "use_horovod is True; it must be False"),
+        (
+            lambda: ek.nn.ClipLoss(world_size=2)(normal(3, 4), normal(3, 4), 1.0),
+            ValueError,
+            "world_size is 2, but of torch.distributed's default group it is not initialised",
+        ),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(call, error, sentence):

@@ -125,7 +125,7 @@ def _ranks(function: str, group, sizes: Sequence[int] | None, b: int) -> tuple[s
         raise ValueError(f"{function}: this process is not in the group that was given; only its members may call")
     if sizes is not None and (len(sizes) != size or sizes[rank] != b):
         raise ValueError(
-            f"{function}: batch_sizes is {list(sizes)}, but the group has {size} processes, and this one, of rank {rank},"
+            f"{function}: batch_sizes is {list(sizes)}, but the group has {size} processes, and this one (rank {rank})"
             f" has {b} samples; give the number of samples of each process"
         )
     return "" if size == 1 else group.group_name, None if sizes is None or size == 1 else list(sizes)

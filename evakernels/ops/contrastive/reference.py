@@ -119,7 +119,8 @@ def statistics(rows: Side, columns: Side, scale: Tensor) -> tuple[Statistics, St
         for dim, found, place in ((1, of_rows, tile.row), (0, of_columns, tile.column)):
             maximum = maxima[1 - dim]
             total = torch.sub(tile.logits, maximum.unsqueeze(dim), out=tile.scratch).exp_().sum(dim)
-            found[place] = Statistics(maximum, total, beaten[1 - dim].to(total.dtype)).merge(found[place])
+            seen, before = Statistics(maximum, total, beaten[1 - dim].to(total.dtype)), found[place]
+            found[place] = seen if before is None else seen.merge(before)
     return _together(of_rows, rows, scale), _together(of_columns, columns, scale)
 
 

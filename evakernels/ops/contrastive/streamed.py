@@ -61,10 +61,8 @@ class Statistics(NamedTuple):
     total: Tensor  # of exp(S - maximum)
     beaten: Tensor  # 0 where no logit is larger than the sample's own, and none of lower index as large
 
-    def merge(self, other: "Statistics | None") -> "Statistics":
-        """Of both parts together."""
-        if other is None:
-            return self
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Of both parts together; `other` may have seen nothing."""
         maximum = torch.maximum(self.maximum, other.maximum)
         total = self.total * (self.maximum - maximum).exp_()
         return Statistics(
@@ -269,13 +267,13 @@ def contrastive(
     columns.positives = gathered(lay.columns, own, lay.column_sizes, lay.longest)
     rows = row_side(lay, image, own)
 
-    by_row, by_column = None, []
+    by_row, by_column = nothing(len(rows.features), own), [nothing(0, own)]
     for side in columns:
         if len(side.features):
             of_rows, of_columns = tiles.statistics(rows, side, wide)
             by_row = of_rows.merge(by_row)
             by_column.append(of_columns)
-    by_row = (by_row or nothing(len(rows.features), own)).over(lay.rows)
+    by_row = by_row.over(lay.rows)
     of_all = Statistics(*map(torch.cat, zip(*by_column, strict=True))).over(lay.columns)
     lengths = [sum(columns.lengths(k)) for k in range(columns.count)]
     by_column = [Statistics(*parts) for parts in zip(*(x.split(lengths) for x in of_all), strict=True)]
