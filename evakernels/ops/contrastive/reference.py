@@ -81,11 +81,12 @@ def tiles(rows: Side, columns: Side, scale: Tensor) -> Iterator[Tile]:
     logits = scratch = scale.new_empty(0)
     for j, (column, first_column) in enumerate(blocks(columns)):
         text = columns.features[column].to(scale.dtype)
+        scaled = text * scale
         for i, (row, first_row) in enumerate(blocks(rows)):
             image = rows.features[row].to(scale.dtype)
             if logits.shape != (len(image), len(text)):
                 logits, scratch = (scale.new_empty(len(image), len(text)) for _ in range(2))
-            torch.mm(image * scale, text.t(), out=logits)
+            torch.mm(image, scaled.t(), out=logits)
             yield Tile(i, j, row, column, image, text, logits, scratch, first_column - first_row)
 
 
@@ -94,7 +95,7 @@ def positives(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     sides = (Side(x, (streamed.Segment(0, len(x), 0),)) for x in (image, text))
     pairs = zip(*(blocks(side) for side in sides), strict=True)
     found = [
-        torch.mm(image[rows].to(scale.dtype) * scale, text[columns].to(scale.dtype).t()).diagonal().clone()
+        torch.mm(image[rows].to(scale.dtype), (text[columns].to(scale.dtype) * scale).t()).diagonal().clone()
         for (rows, _), (columns, _) in pairs
     ]
     return torch.cat([scale.new_empty(0), *found])
