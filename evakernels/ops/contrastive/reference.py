@@ -51,8 +51,9 @@ def sigmoid_with_gradients(image, text, scale, bias, group, sizes, wants_image, 
 
 
 def chunk(rows: int, ranks: int, features: Tensor) -> int:
-    """How many texts of each rank to gather at once: a tile's, so that own pairs are in tiles on the diagonal."""
-    return TILE
+    """How many texts of each rank to gather at once: a tile's, so that own pairs are in tiles on the diagonal. All of
+    them where nothing is gathered."""
+    return TILE if ranks > 1 else max(1, len(features))
 
 
 class Tile(NamedTuple):
@@ -79,14 +80,14 @@ def blocks(side: Side) -> list[tuple[slice, int]]:
 def tiles(rows: Side, columns: Side, scale: Tensor) -> Iterator[Tile]:
     """Every tile of a block of the logits: the same in both passes, bit for bit."""
     logits = scratch = scale.new_empty(0)
-    for j, (column, first_column) in enumerate(blocks(columns)):
-        text = columns.features[column].to(scale.dtype)
-        scaled = text * scale
-        for i, (row, first_row) in enumerate(blocks(rows)):
-            image = rows.features[row].to(scale.dtype)
+    for i, (row, first_row) in enumerate(blocks(rows)):
+        image = rows.features[row].to(scale.dtype)
+        scaled = image * scale
+        for j, (column, first_column) in enumerate(blocks(columns)):
+            text = columns.features[column].to(scale.dtype)
             if logits.shape != (len(image), len(text)):
                 logits, scratch = (scale.new_empty(len(image), len(text)) for _ in range(2))
-            torch.mm(image, scaled.t(), out=logits)
+            torch.mm(scaled, text.t(), out=logits)
             yield Tile(i, j, row, column, image, text, logits, scratch, first_column - first_row)
 
 
@@ -95,7 +96,7 @@ def positives(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     sides = (Side(x, (streamed.Segment(0, len(x), 0),)) for x in (image, text))
     pairs = zip(*(blocks(side) for side in sides), strict=True)
     found = [
-        torch.mm(image[rows].to(scale.dtype), (text[columns].to(scale.dtype) * scale).t()).diagonal().clone()
+        torch.mm(image[rows].to(scale.dtype) * scale, text[columns].to(scale.dtype).t()).diagonal().clone()
         for (rows, _), (columns, _) in pairs
     ]
     return torch.cat([scale.new_empty(0), *found])
