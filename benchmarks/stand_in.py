@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from evakernels import jit
@@ -21,12 +22,13 @@ _devices = itertools.count()
 class Driver:
     """What Triton asks of its active driver, and of the driver's `utils`."""
 
-    def __init__(self, capability: int):
+    def __init__(self, capability: int, remember: bool):
         self.target = GPUTarget("cuda", capability, 32)
         self.utils = self
         self.device = next(_devices)  # new to each kernel, which then knows nothing that was compiled before
         self.loaded: list[str] = []  # the name of each kernel that was loaded: a compiled one is loaded once
         self.launched: list[tuple] = []  # the arguments of each launch
+        self.remember = self.launched.append if remember else lambda _: None
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -48,18 +50,32 @@ class Driver:
         pass
 
     def launcher_cls(self, source, metadata) -> Callable[..., None]:
-        return lambda *arguments: self.launched.append(arguments)
+        return lambda *arguments: self.remember(arguments)
 
 
 @contextmanager
-def active(capability: int = 80) -> Iterator[Driver]:
-    """Tensors on the CPU pass as those of a GPU whose compute capability is 10 times major plus minor."""
+def active(capability: int = 80, *, remember: bool = True) -> Iterator[Driver]:
+    """Nothing is launched; without a GPU, tensors on the CPU pass as tensors on one.
+
+    Args:
+        capability: for which Triton compiles, 10 times major plus minor.
+        remember: what was launched, as long as this lasts.
+    """
     assert not jit.INTERPRETED, "Triton interprets here: start Python without TRITON_INTERPRET"
-    driver = Driver(capability)
-    current = torch.empty(0).get_device()  # -1
+    driver = Driver(capability, remember)
     with ExitStack() as patched:
         patched.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
-        patched.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: current))
-        patched.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))
         patched.enter_context(mock.patch.dict(jit._compiled, clear=True))
+        if not torch.cuda.is_available():
+            on_cpu = torch.empty(0).get_device()
+            patched.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: on_cpu))
+            patched.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))
         yield driver
+
+
+# fmt: off
+@jit.kernel
+def of_fifteen(a_ptr, b_ptr, c_ptr, d_ptr, e_ptr, none_ptr, rows, stride_a, stride_b, eps,
+               A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
+    """As many parameters as kernels have."""
+    tl.store(a_ptr, rows * eps)

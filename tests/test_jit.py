@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from benchmarks import stand_in  # noqa: E402
+from benchmarks import bench_launch, harness, stand_in  # noqa: E402
 from evakernels import jit  # noqa: E402
 
 
@@ -32,10 +32,14 @@ def scaled_sum(x_ptr, y_ptr, out_ptr, rows, factor, WIDTH: tl.constexpr, BLOCK: 
 
 
 def launch(rows=4, dtype=torch.float32, offset=0, y=True, many=None, factor=0.5, warps=4, width=60, block=64):
-    x, other, out = torch.ones(3, rows * width + offset, dtype=dtype)[:, offset:]
+    x, other, out = ones(3, rows * width + offset, dtype=dtype)[:, offset:]
     given = x, other if y else None, out, rows if many is None else many, factor
     jit.launch(scaled_sum, (rows,), *given, warps=warps, BLOCK=block, WIDTH=width)
     return x, other, out
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype, device=harness.device())
 
 
 def equal(one, other):
@@ -60,7 +64,7 @@ def test_what_wants_triton_to_compile_passes_in_a_process_of_its_own():
 
 @pytest.mark.parametrize("y", [True, False], ids=["all given", "one is None"])
 def test_first_and_later_launches_hand_the_same_to_the_driver(gpu_stand_in, y):
-    tensors = torch.ones(3, 4, 60)
+    tensors = ones(3, 4, 60)
     given = tensors[0], tensors[1] if y else None, tensors[2], 4, 0.5
     for _ in range(3):
         jit.launch(scaled_sum, (4,), *given, WIDTH=60, BLOCK=64)
@@ -108,7 +112,7 @@ def test_what_the_code_depends_on_compiles_it_anew_and_is_told_apart_later(gpu_s
 
 
 def test_order_of_constants_does_not_matter(gpu_stand_in):
-    x = torch.ones(3, 64)
+    x = ones(3, 64)
     for _ in range(2):
         jit.launch(scaled_sum, (1,), *x, 1, 0.5, WIDTH=32, BLOCK=64)
         jit.launch(scaled_sum, (1,), *x, 1, 0.5, BLOCK=64, WIDTH=32)
@@ -146,7 +150,7 @@ def test_a_profiler_is_told_of_every_launch(gpu_stand_in):
 
 
 def test_another_device_than_the_current_one_is_made_current(gpu_stand_in):
-    current = [7]
+    current, home = [7], ones(1).get_device()
 
     @contextmanager
     def made_current(device):
@@ -162,13 +166,25 @@ def test_another_device_than_the_current_one_is_made_current(gpu_stand_in):
         launched_on = []
         launch()
         launch()
-    assert launched_on == [-1, -1] and current == [7]
+    assert launched_on == [home, home] and current == [7]
 
 
 def test_triton_does_not_warn(gpu_stand_in):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         launch(width=59)
+
+
+def test_launches_are_benchmarked_where_triton_compiles(monkeypatch):
+    def measure(providers, **_):
+        for run in providers.values():
+            run()
+        return dict.fromkeys(providers, harness.Timing([1.0]))
+
+    monkeypatch.setattr(harness, "measure", measure)
+    absent = {row["provider"]: row["absent"] for row in bench_launch.rows(quick=True)}
+    reason = "Triton interprets: TRITON_INTERPRET is set" if jit.INTERPRETED else ""
+    assert absent == dict.fromkeys(("jit.launch", "kernel[grid]", "compiled[grid]"), reason)
 
 
 @pytest.mark.parametrize("y", [True, False])
