@@ -1,11 +1,5 @@
-"""How Triton kernels are launched: what compiles one anew, what does not, and what a launch hands to the driver.
+"""How Triton kernels are launched: what compiles one anew, what does not, and what a launch hands to the driver."""
 
-The tests that ask for `gpu_stand_in` want Triton to compile. Where it interprets they run in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -47,19 +41,14 @@ def equal(one, other):
 
 
 @pytest.fixture
-def gpu_stand_in():
-    if jit.INTERPRETED:
-        pytest.skip("runs in a process in which Triton compiles")
+def gpu_stand_in(compiling):
     with stand_in.active() as driver:
         yield driver
 
 
-@pytest.mark.skipif(not jit.INTERPRETED, reason="they run in this process")
-def test_what_wants_triton_to_compile_passes_in_a_process_of_its_own():
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "process in which Triton compiles" not in done.stdout  # no test that was skipped here was skipped there
+def test_what_wants_triton_to_compile_passes_in_a_process_of_its_own(where_triton_compiles):
+    assert where_triton_compiles.returncode == 0, where_triton_compiles.stdout
+    assert "Triton interprets here" not in where_triton_compiles.stdout
 
 
 @pytest.mark.parametrize("y", [True, False], ids=["all given", "one is None"])
