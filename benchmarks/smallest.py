@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import evakernels as ek
@@ -84,6 +85,20 @@ def attention(
 def long_attention() -> None:
     """More than shared memory holds: keys pass through it in stages, and a second kernel makes dq."""
     back(ek.attention_qkvpacked(new(1, 577, 3, 1, 128, dtype=BF16)))
+
+
+def contrastive(width: int = 64, dtypes: Iterable[torch.dtype] = DTYPES) -> None:
+    """It has no compiled kernels: for Triton's alone."""
+    for dtype in dtypes:
+        image, text = (F.normalize(new(6, width), dim=1).detach().to(dtype).requires_grad_() for _ in range(2))
+        for loss in (
+            lambda *features: ek.contrastive_loss(*features, new()),
+            lambda *features: ek.contrastive_loss(*features, new(), label_smoothing=0.1),
+            lambda *features: (ek.sigmoid_loss(*features, new(), new()),),
+        ):
+            loss(image.detach(), text.detach())
+            for one, other in ((image, text), (image.detach(), text), (image, text.detach())):
+                loss(one, other)[0].backward()
 
 
 FAMILIES = {

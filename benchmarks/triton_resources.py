@@ -53,6 +53,10 @@ CALLS: dict[str, dict[str, Callable[[], None]]] = {
         "257 tokens, float16": lambda: smallest.attention(257, [64], [HALF]),
         "129 tokens, float32": lambda: smallest.attention(129, (64, 128), [WIDE]),
     },
+    "contrastive": {
+        "width 1024": lambda: smallest.contrastive(1024),
+        "width 61": lambda: smallest.contrastive(61, [BF16]),
+    },
 }
 
 
