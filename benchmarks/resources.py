@@ -195,12 +195,13 @@ def main() -> None:
     parser.add_argument("--of", choices=("cuda", "triton"), action="append", help="these kernels; by default, all")
     parser.add_argument("--library", type=Path, help="a compiled library; by default, the installed one")
     parser.add_argument("--emulated", type=Path, help="the emulated library; by default, it is built")
+    parser.add_argument("--all", action="store_true", help="compile also Triton kernels whose rows are those of before")
     given = parser.parse_args()
     if not cuobjdump():
         sys.exit("cuobjdump is missing; it comes with CUDA and with triton")
     sentences = []
     for kernels in given.of or ("cuda", "triton"):
-        sentences += of_cuda(given.library, given.emulated) if kernels == "cuda" else of_triton()
+        sentences += of_cuda(given.library, given.emulated) if kernels == "cuda" else of_triton(given.all)
     sys.exit("\n".join(sentences) or None)
 
 
@@ -214,14 +215,14 @@ def of_cuda(path: Path | None, emulated: Path | None) -> list[str]:
     return spilling(found)
 
 
-def of_triton() -> list[str]:
+def of_triton(everything: bool) -> list[str]:
     """Write the table of the Triton kernels; a sentence for each thing that is wrong."""
     module = harness.peer("benchmarks.triton_resources")
     if isinstance(module, str):
         return [f"no table of Triton kernels: {module}"]
     if module.jit.INTERPRETED:
         return ["no table of Triton kernels: Triton interprets, TRITON_INTERPRET is set"]
-    found = module.rows(module.launched())
+    found = (module.rows if everything else module.renewed)(module.launched())
     write(module.table(), module.FIELDS, found)
     return module.too_much(found)
 

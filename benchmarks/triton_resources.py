@@ -13,6 +13,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -143,15 +144,15 @@ def source(kernel: Any) -> str:
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:12]
 
 
-def described(one: Compiled) -> dict:
+def described(one: Compiled) -> dict[str, str]:
     """What is known of a row before anything is compiled."""
     return {
         "family": one.family,
         "kernel": one.name,
         "architecture": one.architecture,
         "at": one.at,
-        "threads": 32 * one.launch.warps,
-        "stages": one.launch.stages,
+        "threads": str(32 * one.launch.warps),
+        "stages": str(one.launch.stages),
         "source": source(one.launch.kernel),
     }
 
@@ -176,6 +177,17 @@ def rows(kernels: list[Compiled], processes: int = 2) -> list[dict]:
     _given[:] = kernels
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         return pool.map(_row, range(len(kernels)), chunksize=1)
+
+
+def renewed(kernels: list[Compiled]) -> list[dict]:
+    """The rows of these kernels, of which those that the table has already are not compiled again."""
+    same = itemgetter("kernel", "architecture", "threads", "stages", "source")
+    known = {same(row): row for row in committed()} if table().exists() else {}
+    before = [known.get(same(described(one))) for one in kernels]
+    new = [one for one, row in zip(kernels, before, strict=True) if not row]
+    print(f"{len(new)} kernels are compiled, {len(kernels) - len(new)} have not changed")
+    compiled = iter(rows(new))
+    return [row | described(one) if row else next(compiled) for one, row in zip(kernels, before, strict=True)]
 
 
 _given: list[Compiled] = []  # a kernel is not sent to another process, which finds it here

@@ -62,9 +62,7 @@ def committed(compiling):
 def test_the_table_is_that_of_these_sources(committed):
     now = [triton_resources.described(one) for one in triton_resources.launched()]
     fields = itemgetter(*now[0])
-    assert [*map(fields, committed)] == [tuple(map(str, fields(row))) for row in now], (
-        "run `python -m benchmarks.resources --of triton`"
-    )
+    assert [*map(fields, committed)] == [*map(fields, now)], "run `python -m benchmarks.resources --of triton`"
 
 
 def test_no_kernel_of_the_table_wants_too_much(committed):
@@ -87,7 +85,7 @@ def test_one_row_of_each_kernel_is_compiled_as_the_table_says(committed, cuobjdu
 def test_a_row_has_what_the_compilers_made_of_a_kernel(cuobjdump, architecture):
     (row,) = triton_resources.rows([launched(architecture=architecture)])
     assert row["kernel"] == "product<bf16 bf16 float, N=64, STEPS=8>"
-    assert (row["architecture"], row["at"], row["threads"], row["stages"]) == (architecture, "here", 128, 3)
+    assert (row["architecture"], row["at"], row["threads"], row["stages"]) == (architecture, "here", "128", "3")
     assert row["HGMMA" if architecture == "sm_90" else "HMMA"] and row["LDGSTS"]
     assert not row["HMMA" if architecture == "sm_90" else "HGMMA"]
     assert 2 * 2 * 64 * 64 * 2 <= row["shared_bytes"] <= 3 * 2 * 64 * 64 * 2 + 1024  # stages of two tiles
@@ -95,12 +93,26 @@ def test_a_row_has_what_the_compilers_made_of_a_kernel(cuobjdump, architecture):
     assert not triton_resources.too_much([row])
 
 
+def test_what_has_not_changed_is_not_compiled_again(compiling, monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(triton_resources, "table", lambda: tmp_path / "table.csv")
+    monkeypatch.setattr(triton_resources, "rows", lambda some: compiled.append(some) or [{"new": one} for one in some])
+    small, large = launched(16), launched(32)
+    assert triton_resources.renewed([small, large]) == [{"new": small}, {"new": large}]
+    resources.write(triton_resources.table(), triton_resources.FIELDS, [triton_resources.described(small)])
+    kept, new = triton_resources.renewed([small._replace(at="elsewhere"), large])
+    assert (kept["kernel"], kept["at"], new) == (small.name, "elsewhere", {"new": large})
+    assert triton_resources.renewed([launched(16, warps=8)]) == [{"new": launched(16, warps=8)}]
+    monkeypatch.setitem(globals(), "helper", other_helper)
+    assert triton_resources.renewed([small]) == [{"new": small}]
+    assert len(compiled) == 4
+
+
 def test_a_kernel_that_wants_too_much_is_named(cuobjdump):
-    spilling, wide = triton_resources.rows([launched(128, warps=1, stages=1), launched(128, stages=4)])
-    (said,) = triton_resources.too_much([spilling])
+    (row,) = triton_resources.rows([launched(128, warps=2, stages=1)])
+    (said,) = triton_resources.too_much([row])
     assert "product<bf16 bf16 float, N=128, STEPS=8> on sm_80 has " in said and said.endswith(" bytes of stack")
-    wide["stack_bytes"] = wide["spills"] = 0
-    wide["shared_bytes"] = (163 << 10) + 1
+    wide = row | {"stack_bytes": 0, "spills": 0, "shared_bytes": (163 << 10) + 1}
     assert triton_resources.too_much([wide]) == [f"{wide['kernel']} on sm_80 wants 163 KiB of shared memory"]
     assert not triton_resources.too_much([wide | {"architecture": "sm_90"}])
 
