@@ -51,7 +51,9 @@ def kernel(function: Callable) -> Any:
     return triton.jit(function, do_not_specialize=numbers)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], /, *arguments: Any, warps: int = 4, stages: int = 1, **constants
+) -> None:
     """Launch a kernel in the current stream of its first tensor's device.
 
     Args:
