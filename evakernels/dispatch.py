@@ -7,6 +7,7 @@ it cannot serve this call.
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,9 @@ _forced: str | None = None
 def using(name: str) -> Iterator[None]:
     """Make one implementation answer for every call, or raise; process-wide, backward passes included.
 
+    Families that have no such implementation at all (of tokens and LAMB there is none in Triton, of the losses none in
+    CUDA C++) choose as ever.
+
     Args:
         name: "reference", "cpu", "triton" or "cuda".
 
@@ -94,6 +98,12 @@ def implementation(family: str, name: str) -> ModuleType | str:
         if error.name == path:
             return f"this version of evakernels has no {name} implementation of {family}"
         return f"it needs the Python package {error.name!r}, which is not installed"
+
+
+@cache
+def _exists(family: str, name: str) -> bool:
+    """Whether there is such an implementation, be it that it cannot be imported here."""
+    return importlib.util.find_spec(f"evakernels.ops.{family}.{name}") is not None
 
 
 def refusal(family: str, name: str, op: str, args: tuple) -> str | None:
@@ -136,14 +146,15 @@ def rule(family: str, op: str, args: tuple) -> Rule:
 
 def choose(family: str, op: str, args: tuple) -> ModuleType:
     """The module that serves this call; the error lists every implementation with its reason to decline."""
-    order = (_forced,) if _forced else rule(family, op, args).order
+    forced = _forced if _forced and _exists(family, _forced) else None
+    order = (forced,) if forced else rule(family, op, args).order
     for name in order:
         if refusal(family, name, op, args) is None:
             return implementation(family, name)  # type: ignore[return-value]
     reasons = "\n".join(
         f"  {name}: {refusal(family, name, op, args) or 'can serve, but was not asked'}" for name in IMPLEMENTATIONS
     )
-    asked = f'using("{_forced}") asked for {_forced} alone' if _forced else f"tried {rule(family, op, args)}"
+    asked = f'using("{forced}") asked for {forced} alone' if forced else f"tried {rule(family, op, args)}"
     raise NotImplementedError(
         f"no implementation of evakernels::{op} serves this call ({asked}):\n{reasons}\n"
         "Run `python -m evakernels` to see what works on this machine and how to get the rest."

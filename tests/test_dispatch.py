@@ -27,6 +27,15 @@ def test_using_restores_what_was_asked_before():
     assert dispatch._forced is None
 
 
+def test_families_without_an_implementation_choose_as_ever():
+    with ek.using("triton"):
+        assert ek.sample_kept_tokens(1, 4, 2, seed=0, device="cpu").shape == (1, 2)
+    with ek.using("cuda"):
+        ek.contrastive_loss(torch.ones(2, 4), torch.ones(2, 4), 1.0)
+        with pytest.raises(NotImplementedError, match=r'using\("cuda"\) asked for cuda alone'):
+            ek.sample_kept_tokens(1, 4, 2, seed=0, device="cpu")
+
+
 def test_unknown_implementation_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'fpga'.*'cuda', 'triton', 'cpu', 'reference'"), ek.using("fpga"):
         pass
