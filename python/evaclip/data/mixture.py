@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """A place in a batch: the data set, the position in its order, and how many of the batch are of this set."""
+    """A place in a batch."""
 
-    set: int
-    position: int
-    count: int
+    set: int  # the data set
+    position: int  # in its order
+    stride: int  # from here to the same place in the next batch
 
 
 @dataclass
@@ -129,13 +129,11 @@ class Mixture:
             owners.append(np.full(b - a, number))
             positions.append(of_set)
             shards.append(self.orders[number].shards(of_set))
-        keys = np.concatenate(positions), np.concatenate(shards), np.concatenate(owners)
-        mine = np.lexsort(keys)[share(self.batch_size, self.rank, self.world)]
+        position, shard, owner = map(np.concatenate, (positions, shards, owners))
+        mine = np.lexsort((position, shard, owner))[share(self.batch_size, self.rank, self.world)]
         mine = mine[share(len(mine), part, parts)]
-        counts = np.subtract(end, first)
-        return [
-            Place(s, p, int(counts[s])) for s, p in zip(keys[2][mine].tolist(), keys[0][mine].tolist(), strict=True)
-        ]
+        stride = np.subtract(end, first)[owner]
+        return [Place(*place) for place in zip(*(a[mine].tolist() for a in (owner, position, stride)), strict=True)]
 
     def read(self, step: int, images: Tensor, ids: Tensor, part: int = 0, parts: int = 1) -> Tally:
         """Read this rank's share of a step's batch, or a part of it.
@@ -164,7 +162,7 @@ class Mixture:
     def _sample(self, place: Place, tally: Tally) -> tuple[np.ndarray, str, str]:
         shards, order = self.sets[place.set], self.orders[place.set]
         for attempt in range(TRIES):
-            shard, number = order.sample(place.position + attempt * place.count)
+            shard, number = order.sample(place.position + attempt * place.stride)
             tally.tried += 1
             name = shards.urls[shard]
             try:

@@ -104,10 +104,11 @@ class Readers:
             if not ready:
                 late = [p.name for p in self._readers.values() if p.name not in replies]
                 log.warning("step %d waits for %s since more than %d s", step, ", ".join(late), PATIENCE)
-            for pipe in ready:
-                process = self._readers[pipe]  # type: ignore[index]
+            for pipe, process in self._readers.items():
+                if pipe not in ready:
+                    continue
                 try:
-                    done, reply = pipe.recv()  # type: ignore[union-attr]
+                    done, reply = pipe.recv()
                 except (EOFError, OSError):
                     raise self._death(process) from None
                 self._replies[done][process.name] = reply

@@ -57,7 +57,8 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 def _members(file: int, length: int, problems: list[str]) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each regular file."""
-    position, long_name, pax = 0, None, {}
+    position, long_name = 0, None
+    pax: dict[str, str] = {}
     while True:
         header = os.pread(file, BLOCK, position)
         if len(header) < BLOCK:
@@ -71,7 +72,7 @@ def _members(file: int, length: int, problems: list[str]) -> Iterator[tuple[str,
         kind, size = header[156:157], int(pax.get("size", _number(header[124:136])))
         name = pax.get("path") or long_name or _name(header)
         offset = position + BLOCK
-        if kind in b"12345\0" and kind not in (b"\0", b""):  # links, devices and folders have no content
+        if kind in (b"1", b"2", b"3", b"4", b"5", b"6"):  # links, devices, folders and pipes have no content
             size = 0
         elif offset + size > length:
             problems.append(f"{name} is cut short: it has {length - offset} of {size} bytes")
@@ -156,8 +157,8 @@ def _write(file: Path, new: TarIndex, stamp: np.ndarray) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # several processes may write the same index
     try:
         with partial.open("wb") as out:
-            texts = {"names": _bytes(new.names), "problems": _bytes(new.problems)}
-            np.savez(out, stamp=stamp, offsets=new.offsets, sizes=new.sizes, **texts)
+            names, problems = _bytes(new.names), _bytes(new.problems)
+            np.savez(out, stamp=stamp, names=names, offsets=new.offsets, sizes=new.sizes, problems=problems)
         os.replace(partial, file)
     except OSError:
         partial.unlink(missing_ok=True)
