@@ -45,6 +45,13 @@ def open_image(path: str | os.PathLike, channels: int = 3) -> "Image":
         return read_image(image, channels)
 
 
+def open_bytes(data: bytes, channels: int = 3, *, name: str = "image") -> "Image":
+    """`open_image` of a file's content; `name` is for messages."""
+    pillow = _pillow()
+    with named_error(name), pillow.open(io.BytesIO(data)) as image:
+        return read_image(image, channels)
+
+
 def read_image(image: "Image", channels: int) -> "Image":
     """An opened image as RGB or grey; see `open_image`."""
     image.load()

@@ -65,7 +65,8 @@ class Shards:
     """
 
     def __init__(self, source: str, *, cache: Path = tar.CACHE, video: bool = False):
-        self.source, self.cache, self.suffixes = source, cache, VIDEOS if video else IMAGES
+        self.source, self.cache, self.video = source, cache, video
+        self.suffixes = VIDEOS if video else IMAGES
         self.urls = expand(source)
         missing = [url for url in self.urls if not _remote(url) and not os.path.isfile(url)]
         if missing:
