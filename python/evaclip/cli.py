@@ -1,7 +1,7 @@
 """The command line: evaclip train | eval | data | models."""
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -168,7 +168,7 @@ def data(arguments: list[str]) -> int:
             raise ValueError('which shards? Give a folder of .tar files, a pattern like "shards/{000000..000099}.tar"')
         report = check(source, checking)
         if checking.output:
-            write_json(asdict(report), checking.output)
+            write_json(vars(report), checking.output)
         return 0 if report.sound else 1
     folder, rest = _named(rest)
     options = _parse(Pack, f"evaclip data pack {source or 'SOURCE'} {folder or 'FOLDER'}", rest, Pack())

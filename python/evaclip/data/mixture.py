@@ -166,15 +166,15 @@ class Mixture:
             tally.tried += 1
             name = shards.urls[shard]
             try:
-                if number < 0:
-                    raise ValueError("the shard holds no sample")
+                if not 0 <= number < shards.count(shard):
+                    raise ValueError("the shard is empty, or no longer what it was")
                 sample = shards.samples(shard)[number]
                 name = shards.name(shard, sample)
                 data, captions = shards.read(shard, sample)
                 random = counter_random(self.seed, STREAMS + 3 * place.set + 2, place.position, attempt)
                 caption = captions[random.integers(len(captions))]
                 return self._pixels(data, sample.media_suffix, random, name), caption, name
-            except (ImageError, OSError, EOFError, ValueError, KeyError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 tally.failed += 1
                 reason = str(error) if isinstance(error, ImageError) else f"cannot read the sample {name}: {error}"
                 tally.unreadable[name] = reason

@@ -133,9 +133,9 @@ class Shards:
         """
         file = self._files(str(self.path(shard)))
         text = tar.read(file.descriptor, *sample.caption).decode("utf-8")
-        captions = json.loads(text)["captions"] if sample.caption_suffix == "captions.json" else [text]
+        captions = _listed(text) if sample.caption_suffix == "captions.json" else [text]
         if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-            raise ValueError("the caption is empty")
+            raise ValueError("it has no caption, or an empty one")
         return tar.read(file.descriptor, *sample.media), [c.strip() for c in captions]
 
     def name(self, shard: int, sample: Sample) -> str:
@@ -179,6 +179,12 @@ def _sample(key: str, members: dict[str, tuple[int, int]], suffixes: tuple[str, 
     if media is None or caption is None:
         return None
     return Sample(key, members[media], media, members[caption], caption)
+
+
+def _listed(text: str) -> list:
+    content = json.loads(text)
+    captions = content.get("captions") if isinstance(content, dict) else None
+    return captions if isinstance(captions, list) else []
 
 
 def are_shards(source: str) -> bool:

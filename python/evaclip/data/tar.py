@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -141,7 +142,7 @@ def index(path: Path, cache: Path = CACHE) -> TarIndex:
     digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     files = path.with_name(path.name + ".index"), cache / "indexes" / f"{path.name}-{digest}.index"
     for file in files:
-        with suppress(OSError, ValueError, KeyError, EOFError), np.load(file, allow_pickle=False) as kept:
+        with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(file, allow_pickle=False) as kept:
             if np.array_equal(kept["stamp"], stamp):
                 return TarIndex(_lines(kept["names"]), kept["offsets"], kept["sizes"], _lines(kept["problems"]))
     new = scan(path)

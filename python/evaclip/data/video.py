@@ -52,13 +52,13 @@ def _video(data: bytes, count: int) -> "list[Image]":
     """Two passes: packets are counted, since headers may lie about frames, and only then decoded."""
     import av
 
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), mode="r") as container:
         total = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
     if not total:
         raise ValueError("it has no frames")
     wanted = frame_numbers(total, count)
     frames: list[Image] = []
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), mode="r") as container:
         container.streams.video[0].thread_type = "NONE"  # there is a reader per core
         for number, frame in enumerate(container.decode(video=0)):
             frames += [frame.to_image()] * wanted.count(number)
