@@ -1,4 +1,4 @@
-"""The command line: evaclip train | eval | models."""
+"""The command line: evaclip train | eval | data | models."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -6,7 +6,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from evaclip.data.common import extra
+from evaclip.data.check import Check, check
+from evaclip.data.common import DataError, extra
+from evaclip.data.pack import Pack, pack
 from evaclip.device import pick_device
 from evaclip.evaluate import TEMPLATES, load_templates, print_results, write_json
 from evaclip.evaluate.datasets import evaluate_digits, evaluate_images
@@ -23,6 +25,8 @@ USAGE = """evaclip: train and evaluate EVA-CLIP models
 
   evaclip train RECIPE [--help | --FIELD VALUE ...]   RECIPE: a name, a TOML file, or a run's folder to continue it
   evaclip eval RUN [--data PATH] [--help]             zero-shot classification and retrieval of a trained model
+  evaclip data pack SOURCE FOLDER [--help]            images with captions (folder, CSV/TSV/JSONL, Parquet) into shards
+  evaclip data check SHARDS [--help]                  what is in shards, and what of it is broken
   evaclip models                                      the models, with their sizes
 
 recipes: {recipes}"""
@@ -31,7 +35,7 @@ recipes: {recipes}"""
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that a user can mend are printed as one sentence."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "eval": evaluate, "models": models}
+    commands = {"train": train, "eval": evaluate, "data": data, "models": models}
     if not arguments or arguments[0] not in commands:
         print(USAGE.format(recipes=", ".join(recipe_files())))
         asked_for_help = not arguments or arguments[0] in ("-h", "--help", "help")
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, checkpoint.CheckpointError, RankError) as error:
+    except (ValueError, OSError, ImportError, DataError, checkpoint.CheckpointError, RankError) as error:
         print(f"evaclip {arguments[0]}: {error}", file=sys.stderr)
         return 2
 
@@ -160,6 +164,28 @@ def evaluate(arguments: list[str]) -> int:
     for what, values in results.items():
         print_results({metric: {what: value} for metric, value in values.items()})
     print(f"written to {output}")
+    return 0
+
+
+def data(arguments: list[str]) -> int:
+    command, rest = _named(arguments)
+    if command not in ("pack", "check"):
+        raise ValueError("what about data? `evaclip data pack` makes shards, `evaclip data check` reads them")
+    source, rest = _named(rest)
+    if command == "check":
+        checking = _parse(Check, f"evaclip data check {source or 'SHARDS'}", rest, Check())
+        if not source:
+            raise ValueError('which shards? Give a folder of .tar files, a pattern like "shards/{000000..000099}.tar"')
+        report = check(source, checking)
+        if checking.output:
+            write_json(vars(report), checking.output)
+        return 0 if report.sound else 1
+    folder, rest = _named(rest)
+    options = _parse(Pack, f"evaclip data pack {source or 'SOURCE'} {folder or 'FOLDER'}", rest, Pack())
+    if not source or not folder:
+        raise ValueError("give the images (a folder or a CSV, TSV, JSONL or Parquet table), then a folder for shards")
+    shards, samples = pack(Path(source), Path(folder), options)
+    print(f"{samples} samples in {shards} shards. Next: evaclip data check {folder}")
     return 0
 
 

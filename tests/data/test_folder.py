@@ -189,17 +189,17 @@ def test_crops_differ_between_epochs_and_not_within_one(tmp_path):
     assert len({crop.numpy().tobytes() for crop in crops}) > 1
 
 
-def test_an_unreadable_image_is_reported_and_replaced_by_the_next(tmp_path, caplog):
+def test_an_unreadable_image_is_reported_and_replaced_by_the_one_at_its_place_in_the_next_batch(tmp_path, caplog):
     whole = CaptionBatches(captioned(tmp_path, 20), 6, seed=0, transform=EVAL)
     order = [numbers(whole.batch(step)[1]) for step in range(3)]
-    broken = [order[0][2], order[0][4], order[1][0]]
+    broken = [order[0][2], order[0][4], order[1][2]]
     pairs = captioned(tmp_path, 20, broken=broken)
     data = CaptionBatches(pairs, 6, seed=0, transform=EVAL)
     with caplog.at_level(logging.WARNING):
         images, captions = data.batch(0)
-    # The first after the batch is unreadable itself, so that the second and the third take the two places.
+    # The one at the place of the first in the next batch is unreadable itself: that in the batch after it follows.
     expected = list(order[0])
-    expected[2], expected[4] = order[1][1:3]
+    expected[2], expected[4] = order[2][2], order[1][4]
     assert numbers(captions) == expected and len(images) == 6
     assert sorted(data.unreadable) == sorted(pairs.images[i] for i in broken)
     assert all(f"{i:03}.png" in caplog.text for i in broken)
@@ -209,6 +209,18 @@ def test_an_unreadable_image_is_reported_and_replaced_by_the_next(tmp_path, capl
     for step in (2, 1, 0):
         assert numbers(resumed.batch(step)[1]) == numbers(data.batch(step)[1])
         assert len(set(numbers(resumed.batch(step)[1]))) == 6
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_parts_of_all_ranks_are_the_batch_also_around_broken_images(tmp_path, world):
+    pairs = captioned(tmp_path, 20, broken=[3, 8, 11])
+    whole = CaptionBatches(pairs, 6, seed=0, transform=TRAIN)
+    ranks = [CaptionBatches(pairs, 6, seed=0, transform=TRAIN, rank=rank, world=world) for rank in range(world)]
+    for step in range(4):
+        images, captions = whole.batch(step)
+        parts = [rank.batch(step) for rank in ranks]
+        assert torch.equal(torch.cat([part for part, _ in parts]), images)
+        assert [caption for _, part in parts for caption in part] == captions
 
 
 def test_nine_unreadable_images_are_never_fatal_and_ten_are(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaclip.data.common import counter_random, extra
+from evaclip.data.common import counter_random, extra, share
 from evaclip.data.tokenizer import WordTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -26,6 +26,7 @@ class Digits:
         train_fraction: share of all numbers that is trained on.
         shift: each training digit moves by up to so many pixels both ways, 0 to 1, with linear interpolation: there
             are 1,437 of them, too few to tell a hand from a place.
+        rank, world: of `world` processes that share each batch, this is number `rank`.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -35,7 +36,15 @@ class Digits:
     """
 
     def __init__(
-        self, batch_size: int, *, seed: int = 0, length: int = 3, train_fraction: float = 0.5, shift: float = 0.35
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        length: int = 3,
+        train_fraction: float = 0.5,
+        shift: float = 0.35,
+        rank: int = 0,
+        world: int = 1,
     ):
         if not 1 <= length <= 6:
             raise ValueError(f"Digits: length is {length}; numbers of 1 to 6 digits can be written")
@@ -51,6 +60,7 @@ class Digits:
         if not 0 <= shift <= 1:
             raise ValueError(f"Digits: shift is {shift}; digits move by 0 to 1 pixels")
         self.batch_size, self.seed, self.length, self.shift = batch_size, seed, length, shift
+        self.share = share(batch_size, rank, world)
         self.train_numbers, self.test_numbers = np.sort(numbers[:trained]), np.sort(numbers[trained:])
         self._train, self._test = _handwriting()
         self._powers = 10 ** np.arange(length - 1, -1, -1)
@@ -70,14 +80,14 @@ class Digits:
         return WordTokenizer(WORDS, context=self.length + 2)
 
     def batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """The batch of one step: distinct training numbers in random training handwriting.
+        """This rank's part of the batch of a step: distinct training numbers in random training handwriting.
 
         Returns:
-            images (B, 1, 8, 8 * length) float32 in [-1, 1], and B captions; a function of (seed, step) alone.
+            images (b, 1, 8, 8 * length) float32 in [-1, 1], and b captions; a function of (seed, step) alone.
         """
         random = counter_random(self.seed, 0, step)
         digits = self._digits(random.choice(self.train_numbers, self.batch_size, replace=False))
-        return self._train.write(digits, random, self.shift), self._written(digits)
+        return self._train.write(digits, random, self.shift)[self.share], self._written(digits[self.share])
 
     def held_out(self, count: int = 1000) -> tuple[Tensor, list[str]]:
         """Numbers never trained on, in handwriting never trained on; the same for every seed.

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaclip.data.common import DataError, counter_random
+from evaclip.data.common import DataError, check_unreadable, counter_random, share, some
 from evaclip.data.preprocess import ImageError, ImageTransform, open_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
@@ -111,7 +111,8 @@ class CaptionBatches:
 
     Each epoch is a new permutation; its incomplete last batch is dropped. A sample's caption (one of the image's) and
     crop depend on (seed, epoch, sample). An unreadable image is named in the log, kept in `unreadable` and replaced by
-    the next readable sample after the batch in the permutation (behind its end, from its beginning).
+    the sample at the same place in the next batch, or the one after that (behind the end of the permutation, from its
+    beginning): by one that does not depend on what others read.
 
     Args:
         pairs: images and their captions.
@@ -120,6 +121,7 @@ class CaptionBatches:
         transform: from `image_transform`, usually with mode "train".
         workers: decoding threads.
         max_unreadable: share of the images tried that may be unreadable; more is an error, from 10 images on.
+        rank, world: of `world` processes that share each batch, this is number `rank` and reads its part.
 
     Raises:
         ValueError: the batch is empty or larger than the data set.
@@ -134,6 +136,8 @@ class CaptionBatches:
         transform: ImageTransform,
         workers: int = 4,
         max_unreadable: float = 0.01,
+        rank: int = 0,
+        world: int = 1,
     ):
         if not 1 <= batch_size <= len(pairs):
             raise ValueError(
@@ -141,7 +145,7 @@ class CaptionBatches:
                 f"choose 1 to {len(pairs)}"
             )
         self.pairs, self.batch_size, self.seed, self.transform = pairs, batch_size, seed, transform
-        self.max_unreadable = max_unreadable
+        self.max_unreadable, self.share = max_unreadable, share(batch_size, rank, world)
         self.batches_per_epoch = len(pairs) // batch_size
         self.unreadable: dict[Path, str] = {}
         self._tried = bytearray(len(pairs))
@@ -149,7 +153,7 @@ class CaptionBatches:
         self._order: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """The batch of one step: images (B, C, H, W) float32 and B captions, a function of (seed, step) alone.
+        """This rank's part of the batch of a step: images (b, C, H, W) float32 and b captions, by (seed, step) alone.
 
         Raises:
             DataError: too many images are unreadable, or too few readable ones are left to fill a batch.
@@ -157,9 +161,14 @@ class CaptionBatches:
         epoch, place = divmod(step, self.batches_per_epoch)
         order = self._permutation(epoch)
         start, end = place * self.batch_size, (place + 1) * self.batch_size
-        wanted, spare = order[start:end].tolist(), chain(order[end:], order[:start])
+        others = np.concatenate([order[end:], order[:start]])
+        places = range(self.batch_size)[self.share]
+        wanted = order[start:end][self.share].tolist()
         loaded = self._pool.map(lambda sample: self._load(epoch, sample), wanted)
-        pairs = [self._readable(epoch, *found, spare) for found in zip(wanted, loaded, strict=True)]
+        pairs = [
+            self._readable(epoch, sample, found, chain(others[place :: self.batch_size], others))
+            for place, sample, found in zip(places, wanted, loaded, strict=True)
+        ]
         return torch.stack([image for image, _ in pairs]), [caption for _, caption in pairs]
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -188,7 +197,7 @@ class CaptionBatches:
             if sample < 0:
                 raise DataError(
                     f"CaptionBatches: a batch of {self.batch_size} cannot be filled from {len(self.pairs)} images, "
-                    f"{len(self.unreadable)} of them unreadable ({_names(self.unreadable)}); make batches smaller"
+                    f"{len(self.unreadable)} of them unreadable ({some(self.unreadable)}); make batches smaller"
                 )
             loaded = self._load(epoch, sample)
         return loaded
@@ -198,12 +207,7 @@ class CaptionBatches:
             return
         self.unreadable[path] = str(error)
         log.warning("%s; another sample takes its place", error)
-        bad, tried = len(self.unreadable), sum(self._tried)
-        if bad >= 10 and bad > self.max_unreadable * tried:
-            raise DataError(
-                f"CaptionBatches: {bad} of {tried} images are unreadable, more than {self.max_unreadable:.1%}: "
-                f"{_names(self.unreadable)}; mend or remove them, or allow more (data.max_unreadable)"
-            )
+        check_unreadable("CaptionBatches", self.unreadable, len(self.unreadable), sum(self._tried), self.max_unreadable)
 
 
 def _folder(what: str, root: str | Path) -> Path:
@@ -286,12 +290,7 @@ def _captions(lines: Sequence[str]) -> list[str]:
 
 def _require(where: Path, what: str, missing: Sequence[Path]) -> None:
     if missing:
-        raise ValueError(f"ImageCaptions: {len(missing)} image(s) of {where} {what}: {_names(missing)}")
-
-
-def _names(paths: Sequence[Path] | dict[Path, str]) -> str:
-    first = ", ".join(str(p) for p in islice(paths, 3))
-    return first if len(paths) <= 3 else f"{first} and {len(paths) - 3} more"
+        raise ValueError(f"ImageCaptions: {len(missing)} image(s) of {where} {what}: {some(missing)}")
 
 
 def _decoded(paths: Sequence[Path], batch_size: int, transform: ImageTransform, workers: int) -> Iterator[Tensor]:

@@ -1,7 +1,10 @@
 """From image files to tensors, as CLIP was trained and tested, with Pillow alone."""
 
+import io
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +22,8 @@ GRAY_MEAN, GRAY_STD = (0.5,), (0.5,)
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of the training crop: area, and width over height
 
 Mode = Literal["crop", "squash", "train"]
+Decode = Literal["exact", "fast"]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 class ImageError(ValueError):
@@ -36,15 +41,33 @@ def open_image(path: str | os.PathLike, channels: int = 3) -> "Image":
         ImportError: Pillow is not installed.
     """
     pillow = _pillow()
+    with named_error(path), pillow.open(path) as image:
+        return read_image(image, channels)
+
+
+def open_bytes(data: bytes, channels: int = 3, *, name: str = "image") -> "Image":
+    """`open_image` of a file's content; `name` is for messages."""
+    pillow = _pillow()
+    with named_error(name), pillow.open(io.BytesIO(data)) as image:
+        return read_image(image, channels)
+
+
+def read_image(image: "Image", channels: int) -> "Image":
+    """An opened image as RGB or grey; see `open_image`."""
+    image.load()
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return _converted(image, channels)
+
+
+@contextmanager
+def named_error(name: str | os.PathLike) -> Iterator[None]:
+    """Whatever goes wrong in here, as an ImageError that names the image."""
     try:
-        with pillow.open(path) as image:
-            image.load()
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # the same colours, without Pillow's warning
-            return _converted(image, channels)
+        yield
     except Exception as error:  # Pillow's readers raise what they please on damaged files
-        reason = f"{type(error).__name__}: {error}".replace(f" {os.fspath(path)!r}", "")
-        raise ImageError(f"cannot read the image {os.fspath(path)}: {reason}") from error
+        reason = f"{type(error).__name__}: {error}".replace(f" {os.fspath(name)!r}", "")
+        raise ImageError(f"cannot read the image {os.fspath(name)}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -57,11 +80,18 @@ class ImageTransform:
 
     def __call__(self, image: "Image", random: np.random.Generator | None = None) -> Tensor:
         """The image as (channels, H, W) float32; `random` is needed in mode "train", and unused in the others."""
-        image = _converted(image, self.channels)
+        box = None
         if self.mode == "train":
             if random is None:
                 raise ValueError('image_transform: mode "train" crops at random; pass a numpy Generator')
-            image = image.crop(random_crop(image.width, image.height, random))
+            box = random_crop(image.width, image.height, random)
+        return normalized(torch.from_numpy(self.pixels(image, box)))
+
+    def pixels(self, image: "Image", box: Box | None = None) -> np.ndarray:
+        """The image, or a box of it (all of it, distorted, in mode "train"), as (channels, H, W) uint8."""
+        image = _converted(image, self.channels)
+        if box is not None:
+            image = image.crop(box)
         height, width = self.size
         inner = width, height
         if self.mode == "crop":
@@ -71,7 +101,43 @@ class ImageTransform:
         if inner != (width, height):
             left, top = round((inner[0] - width) / 2), round((inner[1] - height) / 2)
             image = image.crop((left, top, left + width, top + height))
-        return _normalised(image)
+        return _planes(image)
+
+    def random_pixels(self, data: bytes, random: np.random.Generator, *, decode: Decode, name: str) -> np.ndarray:
+        """A random crop of an image file's content, as (channels, H, W) uint8.
+
+        Args:
+            decode: "exact" crops and resizes the whole image, as a call does. "fast" takes the same box of a JPEG that
+                is decoded at a half, quarter or eighth of its size, still no smaller than the result: most pixels
+                are never computed.
+            name: the image's, for messages.
+
+        Raises:
+            ImageError: the content is truncated or no image.
+        """
+        pillow = _pillow()
+        with named_error(name), pillow.open(io.BytesIO(data)) as image:
+            box = random_crop(image.width, image.height, random)
+            if decode == "exact" or image.format != "JPEG":
+                return self.pixels(read_image(image, self.channels), box)
+            return self._scaled(image, box)
+
+    def random_clip(self, frames: "Sequence[Image]", random: np.random.Generator) -> np.ndarray:
+        """One random box of all frames of a video, as (frames, channels, H, W) uint8."""
+        box = random_crop(frames[0].width, frames[0].height, random)
+        return np.stack([self.pixels(frame, box) for frame in frames])
+
+    def _scaled(self, image: "Image", box: Box) -> np.ndarray:
+        (height, width), (full_width, full_height) = self.size, image.size
+        left, top, right, bottom = box
+        fits = min((right - left) // width, (bottom - top) // height)
+        scale = next((s for s in (8, 4, 2) if s <= fits), 1)
+        if scale > 1:
+            image.draft(_MODES[self.channels], (full_width // scale, full_height // scale))
+        image = read_image(image, self.channels)
+        scale = round(full_width / image.width)  # a partial pixel at the edge counts as one
+        place = (left / scale, top / scale, right / scale, bottom / scale)
+        return _planes(image.resize((width, height), _pillow().Resampling.BICUBIC, box=place))
 
 
 def image_transform(size: int | tuple[int, int], *, mode: Mode = "crop", channels: int = 3) -> ImageTransform:
@@ -101,7 +167,7 @@ def image_transform(size: int | tuple[int, int], *, mode: Mode = "crop", channel
     return ImageTransform((height, width), mode, channels)
 
 
-def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+def random_crop(width: int, height: int, random: np.random.Generator) -> Box:
     """A random box (left, top, right, bottom) of `SCALE` of the area, its aspect ratio log-uniform in `RATIO`.
 
     Source: Szegedy et al., arXiv 1409.4842, section 6.
@@ -141,10 +207,13 @@ def _cover(width: int, height: int, target_width: int, target_height: int) -> tu
     return int(target_height * width / height), target_height
 
 
-def _normalised(image: "Image") -> Tensor:
-    gray = image.mode == "L"
-    mean, std = (GRAY_MEAN, GRAY_STD) if gray else (MEAN, STD)
-    pixels = torch.from_numpy(np.array(image))
-    pixels = pixels[None] if gray else pixels.permute(2, 0, 1)
-    x = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+def _planes(image: "Image") -> np.ndarray:
+    pixels = np.array(image)
+    return pixels[None] if image.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """Pixels (..., channels, H, W) uint8 as float32, with the mean and standard deviation of `image_transform`."""
+    mean, std = (GRAY_MEAN, GRAY_STD) if pixels.shape[-3] == 1 else (MEAN, STD)
+    x = pixels.to(torch.float32).div_(255)
     return x.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))

@@ -40,9 +40,30 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """One data set of a mixture."""
+
+    source: str
+    """As data.source; .tar shards."""
+    weight: float = 1.0
+    """Its share of each batch, in any unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     source: str = "digits"
-    """"digits", or a folder of images with captions beside them, or a CSV/TSV/JSONL of image and caption."""
+    """"digits"; a folder of images with captions beside them; a CSV/TSV/JSONL of image and caption; or .tar shards: a
+    folder of them, a pattern ("*.tar", "{000..099}.tar"), "pipe:command" or an address like "s3://bucket/{0..9}.tar"."""
+    mixture: tuple[Mixed, ...] = ()
+    """Data sets that share each batch, as [{source = "...", weight = 4}, ...]; instead of `source`."""
+    mode: Literal["epoch", "resampled"] = "epoch"
+    """Shards: each sample once per epoch, or shards drawn anew, of which only those drawn are read."""
+    workers: int = 4
+    """Processes per rank that read shards (0: none but the trainer's), or threads that read a folder."""
+    decode: Literal["fast", "exact"] = "fast"
+    """Shards: decode large JPEGs at a half, quarter or eighth of their size, or in full as open_clip does."""
+    cache: str | None = None
+    """Folder for copies of shards from elsewhere and for indexes; default: ~/.cache/evaclip."""
     batch_size: int = 128
     """Samples per optimizer step, over all micro-batches."""
     tokenizer: str = "clip"
@@ -160,6 +181,9 @@ class Recipe:
         for ok, key, given, allowed in (
             (bool(self.name) and "/" not in self.name, "name", self.name, "a folder name"),
             (data.batch_size >= 2, "data.batch_size", data.batch_size, "at least 2: a contrast needs two samples"),
+            (all(m.weight > 0 for m in data.mixture), "data.mixture", data.mixture, "weights above 0"),
+            (len({m.source for m in data.mixture}) == len(data.mixture), "data.mixture", data.mixture, "each set once"),
+            (data.workers >= 0, "data.workers", data.workers, "at least 0"),
             (0 <= data.patch_drop < 1, "data.patch_drop", data.patch_drop, "at least 0 and below 1"),
             (0 <= data.undropped_tail <= 1, "data.undropped_tail", data.undropped_tail, "between 0 and 1"),
             (schedule.steps >= 1, "schedule.steps", schedule.steps, "at least 1"),
@@ -263,6 +287,10 @@ def _convert(hint: Any, value: Any, where: str, prefix: str, path: str) -> Any:
         if value in arguments:
             return value
     elif origin is tuple:
+        if arguments[-1] is Ellipsis and isinstance(value, list | tuple):
+            return tuple(
+                _convert(arguments[0], v, f"{where}[{i}]", f"{prefix[:-1]}[{i}].", path) for i, v in enumerate(value)
+            )
         if isinstance(value, list | tuple) and len(value) == len(arguments):
             return tuple(_convert(a, v, where, prefix, path) for a, v in zip(arguments, value, strict=True))
     elif origin is dict:

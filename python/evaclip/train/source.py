@@ -10,10 +10,13 @@ from torch import Tensor
 from evaclip.data.common import DataError
 from evaclip.data.digits import Digits
 from evaclip.data.folder import CaptionBatches, ImageCaptions
+from evaclip.data.mixture import Mixture
 from evaclip.data.preprocess import image_transform
+from evaclip.data.readers import Readers
+from evaclip.data.shards import Shards, are_shards
+from evaclip.data.tar import CACHE
 from evaclip.data.tokenizer import get_tokenizer
 from evaclip.models.config import ClipConfig
-from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Recipe, RecipeError
 
 
@@ -23,17 +26,18 @@ class Source(Protocol):
     tokenizer: Callable[[list[str]], Tensor]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Normalised images (b, C, H, W) and token ids (b, context) of a step, counted from 0: this process's share."""
+        """Normalised images (b, C, H, W), or videos (b, frames, C, H, W), and token ids (b, context) of a step.
+
+        Steps count from 0; b is this rank's part of the batch.
+        """
         ...
 
 
 class Tokenized:
     """A data set of images and captions as a source; the next batch is read while a step computes."""
 
-    def __init__(
-        self, batches: Digits | CaptionBatches, tokenizer: Callable[[list[str]], Tensor], share: slice, ahead: bool
-    ):
-        self.batches, self.tokenizer, self.share = batches, tokenizer, share
+    def __init__(self, batches: Digits | CaptionBatches, tokenizer: Callable[[list[str]], Tensor], ahead: bool):
+        self.batches, self.tokenizer = batches, tokenizer
         self.reader = ThreadPoolExecutor(1, "evaclip-reader") if ahead else None
         self.next: tuple[int, Future] | None = None
 
@@ -47,18 +51,23 @@ class Tokenized:
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         images, captions = self.batches.batch(step)
         try:
-            return images[self.share], self.tokenizer(captions[self.share])
+            return images, self.tokenizer(captions)
         except ValueError as error:
             raise DataError(str(error)) from error
 
 
-def open_source(recipe: Recipe, config: ClipConfig, ranks: Ranks) -> Source:
-    """The data set a recipe names, for the image size and context of a model, and this process's share of it.
+def open_source(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 1, *, frames: int = 0) -> Source:
+    """The data set a recipe names, for the image size and context of a model.
+
+    Args:
+        rank, world: of `world` processes that share each batch, this is number `rank`: the batches of all, one after
+            the other, are that of one process alone.
+        frames: 0 for images; else frames of each video, which must be in shards.
 
     Raises:
         RecipeError: the data set does not exist, or does not fit the model.
     """
-    data, seed, share = recipe.data, recipe.run.seed, ranks.share(recipe.data.batch_size)
+    data, seed = recipe.data, recipe.run.seed
     tokenizer = get_tokenizer(data.tokenizer, config.text.context)
     vocabulary = getattr(tokenizer, "vocabulary_size", config.text.vocabulary)
     if vocabulary > config.text.vocabulary:
@@ -66,14 +75,43 @@ def open_source(recipe: Recipe, config: ClipConfig, ranks: Ranks) -> Source:
             f"data.tokenizer has {vocabulary} ids, but the text tower of {recipe.model.name} embeds "
             f"{config.text.vocabulary}; override it with --model.text vocabulary {vocabulary}"
         )
-    if data.source == "digits":
-        return Tokenized(Digits(data.batch_size, seed=seed), tokenizer, share, ahead=False)
-    if not Path(data.source).exists():
-        raise RecipeError(
-            f'data.source {data.source!r} does not exist; give "digits", a folder, or a CSV/TSV/JSONL file'
-        )
     vision = config.vision
     transform = image_transform(vision.image_size, mode="train", channels=vision.channels)
-    pairs, limit = ImageCaptions(data.source), data.max_unreadable
-    batches = CaptionBatches(pairs, data.batch_size, seed=seed, transform=transform, max_unreadable=limit)
-    return Tokenized(batches, tokenizer, share, ahead=True)
+    mixed = {mixed.source: mixed.weight for mixed in data.mixture} or {data.source: 1.0}
+    if all(are_shards(source) for source in mixed):
+        cache = Path(data.cache).expanduser() if data.cache else CACHE
+        batches = Mixture(
+            [Shards(source, cache=cache, video=frames > 0) for source in mixed],
+            data.batch_size,
+            weights=list(mixed.values()),
+            seed=seed,
+            transform=transform,
+            tokenizer=tokenizer,
+            mode=data.mode,
+            decode=data.decode,
+            frames=frames,
+            rank=rank,
+            world=world,
+        )
+        return Readers(batches, data.workers, max_unreadable=data.max_unreadable)
+    if data.mixture or frames:
+        what = "data.mixture" if data.mixture else "a video source"
+        wrong = next(source for source in mixed if not are_shards(source))
+        raise RecipeError(f"{what} is made of .tar shards, which {wrong!r} is not; `evaclip data pack` makes them")
+    if data.source == "digits":
+        return Tokenized(Digits(data.batch_size, seed=seed, rank=rank, world=world), tokenizer, ahead=False)
+    if not Path(data.source).exists():
+        raise RecipeError(
+            f'data.source {data.source!r} does not exist; give "digits", a folder, a CSV/TSV/JSONL file, or .tar shards'
+        )
+    pairs = CaptionBatches(
+        ImageCaptions(data.source),
+        data.batch_size,
+        seed=seed,
+        transform=transform,
+        workers=max(1, data.workers),
+        max_unreadable=data.max_unreadable,
+        rank=rank,
+        world=world,
+    )
+    return Tokenized(pairs, tokenizer, ahead=True)

@@ -38,7 +38,7 @@ class Trainer:
         self.model.set_checkpointing(recipe.compute.activation_checkpointing)
         if recipe.loss.fixed_logit_scale is not None:
             self.model.logit_scale.requires_grad_(False).fill_(math.log(recipe.loss.fixed_logit_scale))
-        self.source = open_source(recipe, self.model.config, self.ranks)
+        self.source = open_source(recipe, self.model.config, self.ranks.rank, self.ranks.world)
         self.forward = spread(self.model, recipe.compute, self.ranks, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = self.skipped = self.skipped_in_a_row = 0
