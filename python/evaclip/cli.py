@@ -15,12 +15,15 @@ from evaclip.recipes import recipe_files
 from evaclip.run import load
 from evaclip.train import checkpoint
 from evaclip.train.recipe import Recipe, RecipeError, load_recipe
+from evaclip.train.resolved import resolved
+from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
 from evaclip.train.trainer import Trainer
 
 USAGE = """evaclip: train and evaluate EVA-CLIP models
 
   evaclip train RECIPE [--help | --FIELD VALUE ...]   RECIPE: a name, a TOML file, or a run's folder to continue it
+                       [--print] [--scale tiny]       show what the recipe comes to; run it shrunk, on a CPU in seconds
   evaclip eval RUN [--data PATH] [--help]             zero-shot classification and retrieval of a trained model
   evaclip models                                      the models, with their sizes
 
@@ -49,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> int:
     name, rest = _named(arguments)
+    show, scale, rest = _flags(rest)
     run = Path(name) if name and name not in recipe_files() and (Path(name) / "recipe.json").is_file() else None
     if run and (run / "model.safetensors").is_file():
         raise RecipeError(
@@ -59,6 +63,11 @@ def train(arguments: list[str]) -> int:
     recipe = _parse(Recipe, f"evaclip train {name or 'RECIPE'}", rest, recipe)
     if not name:
         raise RecipeError(f"which recipe? Known: {', '.join(recipe_files())}; or a TOML file, or a run's folder")
+    if scale:
+        recipe = tiny(recipe)
+    if show:
+        print(resolved(recipe), end="")
+        return 0
     resume = run is not None and bool(checkpoint.checkpoints(run))
     trainer = Trainer(recipe, run or Path(recipe.run.output) / recipe.name, resume=resume)
     if not run:  # now that nothing can be wrong with the recipe any more
@@ -73,7 +82,9 @@ def train(arguments: list[str]) -> int:
     if outcome != "finished":
         print(f"stopped: {outcome}. To continue: evaclip train {folder}")
         return {"SIGINT": 130, "SIGTERM": 143}.get(outcome, 1)
-    if recipe.data.source == "digits":
+    if scale:
+        print(f"trained {trainer.step} steps, phases: {len(trainer.stages)}")
+    elif recipe.data.source == "digits":
         show_digits(trainer.model, trainer.source.tokenizer, folder)
     else:
         print(f"trained {trainer.step} steps. Next: evaclip eval {folder} --data FOLDER")
@@ -156,6 +167,20 @@ def evaluate(arguments: list[str]) -> int:
 def _named(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The first word, where it is no option, and the rest."""
     return (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else (None, arguments)
+
+
+def _flags(arguments: list[str]) -> tuple[bool, bool, list[str]]:
+    """Whether --print and --scale tiny are among the arguments of `evaclip train`, and the others."""
+    show = "--print" in arguments
+    rest = [argument for argument in arguments if argument != "--print"]
+    scale = next((i for i, argument in enumerate(rest) if argument.split("=")[0] == "--scale"), None)
+    if scale is None:
+        return show, False, rest
+    joined = "=" in rest[scale]
+    given = rest[scale].partition("=")[2] if joined else " ".join(rest[scale + 1 : scale + 2])
+    if given != "tiny":
+        raise RecipeError(f'--scale is {given!r}; allowed: "tiny"')
+    return show, True, rest[:scale] + rest[scale + (1 if joined else 2) :]
 
 
 def _parse(kind: type, prog: str, arguments: list[str], default: Any) -> Any:

@@ -35,6 +35,22 @@ class CLIP(nn.Module):
         """
         return _maybe_normalized(self.visual(images, kept), normalize)
 
+    def encode_video(self, videos: Tensor, *, kept: Tensor | None = None, normalize: bool = False) -> Tensor:
+        """Features of videos: the mean of those of their frames.
+
+        Args:
+            videos: (B, frames, channels, height, width), frames normalised as images are.
+            kept: (B * frames, K) patch ids, as for images.
+            normalize: scale the features to length 1, in float32.
+
+        Returns:
+            (B, embed_dim), dtypes as those of images.
+
+        Source: Sun et al., EVA-CLIP-18B, arXiv 2402.04252.
+        """
+        frames = self.encode_image(videos.flatten(0, 1), kept=kept)
+        return _maybe_normalized(frames.unflatten(0, videos.shape[:2]).mean(1), normalize)
+
     def encode_text(self, ids: Tensor, *, normalize: bool = False) -> Tensor:
         """Features of captions.
 
@@ -51,8 +67,12 @@ class CLIP(nn.Module):
         return _maybe_normalized(self.text(ids), normalize)
 
     def forward(self, images: Tensor, ids: Tensor, *, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised image features, normalised text features (B, embed_dim), and the scale of their logits ()."""
-        image_features = self.encode_image(images, kept=kept, normalize=True)
+        """Normalised image features, normalised text features (B, embed_dim), and the scale of their logits ().
+
+        Images with a dimension of frames behind that of the batch are videos.
+        """
+        encode = self.encode_video if images.dim() == 5 else self.encode_image
+        image_features = encode(images, kept=kept, normalize=True)
         return image_features, self.encode_text(ids, normalize=True), self.logit_scale.exp()
 
     def set_checkpointing(self, enabled: bool = True) -> None:

@@ -1,8 +1,10 @@
 """The training loop: data in counter order, one step after the other, nothing hidden."""
 
+import dataclasses
 import math
 import signal
 import time
+from bisect import bisect
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from evaclip.models import load_checkpoint
 from evaclip.train import checkpoint
 from evaclip.train.log import RunLog
 from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
-from evaclip.train.recipe import Recipe, RecipeError, build_model, load_recipe, save_recipe
-from evaclip.train.source import open_source
+from evaclip.train.recipe import Recipe, RecipeError, build_model, load_recipe, save_recipe, start
+from evaclip.train.source import open_stages
 from evaclip.train.step import forward_backward, random_state, set_random_state
 
 
@@ -33,11 +35,15 @@ class Trainer:
             torch.set_num_threads(recipe.compute.threads)
         torch.manual_seed(recipe.run.seed)
         found = checkpoint.latest(folder) if resume else None
-        self.model = build_model(recipe, self.device, None if found else recipe.model.checkpoint)
+        self.model = build_model(recipe, self.device)
+        if not found:
+            start(self.model, recipe.model)
         self.model.set_checkpointing(recipe.compute.activation_checkpointing)
         if recipe.loss.fixed_logit_scale is not None:
             self.model.logit_scale.requires_grad_(False).fill_(math.log(recipe.loss.fixed_logit_scale))
-        self.source = open_source(recipe, self.model.config)
+        self.schedule = dataclasses.replace(recipe.schedule, steps=recipe.steps)
+        self.stages = recipe.stages()
+        self.source = open_stages(recipe, self.model.config)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stop: str | None = None  # why the run is to end after the step at hand
@@ -51,7 +57,7 @@ class Trainer:
         Returns:
             "finished", or the reason to have stopped early; the state is saved in either case.
         """
-        recipe, steps = self.recipe, self.recipe.schedule.steps
+        recipe, steps = self.recipe, self.schedule.steps
         self.folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.folder / "recipe.json")
         log = RunLog(self.folder, steps, self.step, recipe.run.tensorboard)
@@ -82,7 +88,7 @@ class Trainer:
     def train_step(self) -> dict[str, float | str]:
         """One optimizer step; a non-finite loss or gradient norm leaves weights and optimizer as they were."""
         recipe = self.recipe
-        share = warmup_cosine(self.step, recipe.schedule)
+        share = warmup_cosine(self.step, self.schedule)
         set_learning_rate(self.optimizer, share)
         images, ids = self.source.batch(self.step)
         images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
@@ -109,20 +115,22 @@ class Trainer:
         return metrics
 
     def _kept(self, batch: int) -> torch.Tensor | None:
-        data, steps = self.recipe.data, self.recipe.schedule.steps
-        if not data.patch_drop or self.step >= steps - round(steps * data.undropped_tail):
+        stage = self.stages[bisect([stage.first for stage in self.stages], self.step) - 1]
+        drop = stage.patch_drop(self.step)
+        if not drop:
             return None
         patches = self.model.visual.patches
-        keep = max(1, int(patches * (1 - data.patch_drop)))
-        first = self.step * data.batch_size  # the sample's index in the whole run: ids do not depend on micro-batches
-        return ek.sample_kept_tokens(batch, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
+        keep = max(1, int(patches * (1 - drop)))
+        # The sample's (or frame's) index in the whole run: ids do not depend on micro-batches.
+        rows, first = batch * stage.frames, self.step * self.recipe.data.batch_size * stage.frames
+        return ek.sample_kept_tokens(rows, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
 
     def _report(self, log: RunLog, metrics: dict, seconds: float) -> None:
         if "skipped" in metrics:
             log.metrics(self.step - 1, **metrics)
             log.say(f"step {self.step - 1} skipped: {metrics['skipped']}")
             return
-        if (self.step - 1) % self.recipe.run.log_every == 0 or self.step == self.recipe.schedule.steps:
+        if (self.step - 1) % self.recipe.run.log_every == 0 or self.step == self.schedule.steps:
             rate = self.recipe.data.batch_size / seconds
             log.metrics(self.step - 1, **metrics, samples_per_second=rate, skipped_steps=self.skipped)
         accuracy = 100 * metrics["image_to_text"]
