@@ -1,8 +1,8 @@
-"""The command line: evaclip train | eval | models."""
+"""The command line: evaclip train | eval | plot | plan | models."""
 
 import sys
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +10,13 @@ from evaclip.data.common import extra
 from evaclip.device import pick_device
 from evaclip.evaluate import TEMPLATES, load_templates, print_results, write_json
 from evaclip.evaluate.datasets import evaluate_digits, evaluate_images
-from evaclip.models import create_model, list_models
+from evaclip.models import configure, create_model, list_models
+from evaclip.plan import Planning, planned, report
+from evaclip.plot import draw
 from evaclip.recipes import recipe_files
 from evaclip.run import load
 from evaclip.train import checkpoint
-from evaclip.train.recipe import Recipe, RecipeError, load_recipe
+from evaclip.train.recipe import Model, Recipe, RecipeError, load_recipe
 from evaclip.train.resolved import resolved
 from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
@@ -25,6 +27,8 @@ USAGE = """evaclip: train and evaluate EVA-CLIP models
   evaclip train RECIPE [--help | --FIELD VALUE ...]   RECIPE: a name, a TOML file, or a run's folder to continue it
                        [--print] [--scale tiny]       show what the recipe comes to; run it shrunk, on a CPU in seconds
   evaclip eval RUN [--data PATH] [--help]             zero-shot classification and retrieval of a trained model
+  evaclip plot RUN...  [--output PICTURE]             draw runs from their metrics.jsonl
+  evaclip plan MODEL   --gpus N --gpu a100-40g ...    memory, time and sharding of a run on GPUs, by formula
   evaclip models                                      the models, with their sizes
 
 recipes: {recipes}"""
@@ -33,7 +37,7 @@ recipes: {recipes}"""
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that a user can mend are printed as one sentence."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "eval": evaluate, "models": models}
+    commands = {"train": train, "eval": evaluate, "plot": plot, "plan": plan, "models": models}
     if not arguments or arguments[0] not in commands:
         print(USAGE.format(recipes=", ".join(recipe_files())))
         asked_for_help = not arguments or arguments[0] in ("-h", "--help", "help")
@@ -113,6 +117,32 @@ def models(arguments: list[str]) -> int:
                 name, *towers, vision.image_size, vision.layers, vision.width, text.layers, text.width
             )
         )
+    return 0
+
+
+def plan(arguments: list[str]) -> int:
+    name, rest = _named(arguments)
+    options = _parse(Planning, f"evaclip plan {name or 'MODEL'}", rest, Planning())
+    if not name:
+        raise ValueError("which model? `evaclip models` lists them; a recipe's name or TOML file serves as well")
+    known = name in recipe_files() or Path(name).is_file()
+    recipe = load_recipe(name) if known else Recipe(name="plan", model=Model(name=configure(name).name))
+    print(report(planned(recipe, options), options.gpu, options.gpus, options.mfu), end="")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plotting:
+    """What `evaclip plot RUN...` can be told."""
+
+    output: Path = Path("runs.png")
+    """The picture."""
+
+
+def plot(arguments: list[str]) -> int:
+    runs = list(takewhile(lambda argument: argument[:1] != "-", arguments))
+    options = _parse(Plotting, "evaclip plot RUN...", arguments[len(runs) :], Plotting())
+    print(f"written to {draw([Path(run) for run in runs], options.output)}")
     return 0
 
 

@@ -191,10 +191,14 @@ class Stage(NamedTuple):
     kind: str
     frames: int  # 1 for images
 
+    @property
+    def tail(self) -> int:
+        """Steps at the end that see whole images, though patches are dropped before."""
+        return round((self.end - self.first) * self.data.undropped_tail) if self.data.patch_drop else 0
+
     def patch_drop(self, step: int) -> float:
         """The share of patches that a step leaves out."""
-        tail = round((self.end - self.first) * self.data.undropped_tail)
-        return 0.0 if step >= self.end - tail else self.data.patch_drop
+        return 0.0 if step >= self.end - self.tail else self.data.patch_drop
 
 
 @dataclass(frozen=True, kw_only=True)

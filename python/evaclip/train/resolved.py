@@ -32,14 +32,10 @@ def _stage(number: int, stage: Stage, patches: int) -> str:
     where = ", ".join(f"{part.source} x {part.weight:g}" for part in stage.data.mixture) or stage.data.source
     drop = stage.data.patch_drop
     seen = f"{1 + max(1, int(patches * (1 - drop))) if drop else 1 + patches} of {1 + patches} tokens"
-    if drop and stage.data.undropped_tail:
-        seen += f", all of them in the last {stage.end - stage.first - _dropped(stage):,} steps"
+    if stage.tail:
+        seen += f", all of them in the last {stage.tail:,} steps"
     kind = f"videos of {stage.frames} frames" if stage.kind == "video" else "images"
     return f"phase {number}, steps {stage.first:,} to {stage.end - 1:,}: {kind} of {where}; {seen}"
-
-
-def _dropped(stage: Stage) -> int:
-    return sum(stage.patch_drop(step) > 0 for step in range(stage.first, stage.end))
 
 
 def _learning_rates(model: CLIP, recipe: Recipe) -> list[str]:
