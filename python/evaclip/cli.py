@@ -1,8 +1,8 @@
-"""The command line: evaclip train | eval | data | models."""
+"""The command line: evaclip train | eval | data | plot | plan | models."""
 
 import sys
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,21 +12,28 @@ from evaclip.data.pack import Pack, pack
 from evaclip.device import pick_device
 from evaclip.evaluate import TEMPLATES, load_templates, print_results, write_json
 from evaclip.evaluate.datasets import evaluate_digits, evaluate_images
-from evaclip.models import create_model, list_models
+from evaclip.models import configure, create_model, list_models
+from evaclip.plan import Planning, planned, report
+from evaclip.plot import draw
 from evaclip.recipes import recipe_files
 from evaclip.run import load
 from evaclip.train import checkpoint
 from evaclip.train.ranks import RankError, leave
-from evaclip.train.recipe import Recipe, RecipeError, load_recipe
+from evaclip.train.recipe import Model, Recipe, RecipeError, load_recipe
+from evaclip.train.resolved import resolved
+from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
 from evaclip.train.trainer import Trainer
 
 USAGE = """evaclip: train and evaluate EVA-CLIP models
 
   evaclip train RECIPE [--help | --FIELD VALUE ...]   RECIPE: a name, a TOML file, or a run's folder to continue it
+                       [--print] [--scale tiny]       show what the recipe comes to; run it shrunk, on a CPU in seconds
   evaclip eval RUN [--data PATH] [--help]             zero-shot classification and retrieval of a trained model
   evaclip data pack SOURCE FOLDER [--help]            images with captions (folder, CSV/TSV/JSONL, Parquet) into shards
   evaclip data check SHARDS [--help]                  what is in shards, and what of it is broken
+  evaclip plot RUN...  [--output PICTURE]             draw runs from their metrics.jsonl
+  evaclip plan MODEL   --gpus N --gpu a100-40g ...    memory, time and sharding of a run on GPUs, by formula
   evaclip models                                      the models, with their sizes
 
 recipes: {recipes}"""
@@ -35,7 +42,7 @@ recipes: {recipes}"""
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that a user can mend are printed as one sentence."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "eval": evaluate, "data": data, "models": models}
+    commands = {"train": train, "eval": evaluate, "data": data, "plot": plot, "plan": plan, "models": models}
     if not arguments or arguments[0] not in commands:
         print(USAGE.format(recipes=", ".join(recipe_files())))
         asked_for_help = not arguments or arguments[0] in ("-h", "--help", "help")
@@ -54,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> int:
     name, rest = _named(arguments)
+    show, scale, rest = _flags(rest)
     run = Path(name) if name and name not in recipe_files() and (Path(name) / "recipe.json").is_file() else None
     if run and checkpoint.is_checkpoint(run):
         raise RecipeError(
@@ -64,6 +72,11 @@ def train(arguments: list[str]) -> int:
     recipe = _parse(Recipe, f"evaclip train {name or 'RECIPE'}", rest, recipe)
     if not name:
         raise RecipeError(f"which recipe? Known: {', '.join(recipe_files())}; or a TOML file, or a run's folder")
+    if scale:
+        recipe = tiny(recipe)
+    if show:
+        print(resolved(recipe), end="")
+        return 0
     resume = run is not None and bool(checkpoint.checkpoints(run))
     trainer = Trainer(recipe, run or Path(recipe.run.output) / recipe.name, resume=resume)
     ranks = trainer.ranks
@@ -87,7 +100,9 @@ def train(arguments: list[str]) -> int:
     if outcome != "finished":
         print(f"stopped: {outcome}. To continue: evaclip train {folder}")
         return {"SIGINT": 130, "SIGTERM": 143}.get(outcome, 1)
-    if recipe.data.source == "digits":
+    if scale:
+        print(f"trained {trainer.step} steps, phases: {len(trainer.stages)}")
+    elif recipe.data.source == "digits":
         show_digits(trainer.model, trainer.source.tokenizer, folder)
     else:
         print(f"trained {trainer.step} steps. Next: evaclip eval {folder} --data FOLDER")
@@ -116,6 +131,32 @@ def models(arguments: list[str]) -> int:
                 name, *towers, vision.image_size, vision.layers, vision.width, text.layers, text.width
             )
         )
+    return 0
+
+
+def plan(arguments: list[str]) -> int:
+    name, rest = _named(arguments)
+    options = _parse(Planning, f"evaclip plan {name or 'MODEL'}", rest, Planning())
+    if not name:
+        raise ValueError("which model? `evaclip models` lists them; a recipe's name or TOML file serves as well")
+    known = name in recipe_files() or Path(name).is_file()
+    recipe = load_recipe(name) if known else Recipe(name="plan", model=Model(name=configure(name).name))
+    print(report(planned(recipe, options), options.gpu, options.gpus, options.mfu), end="")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plotting:
+    """What `evaclip plot RUN...` can be told."""
+
+    output: Path = Path("runs.png")
+    """The picture."""
+
+
+def plot(arguments: list[str]) -> int:
+    runs = list(takewhile(lambda argument: argument[:1] != "-", arguments))
+    options = _parse(Plotting, "evaclip plot RUN...", arguments[len(runs) :], Plotting())
+    print(f"written to {draw([Path(run) for run in runs], options.output)}")
     return 0
 
 
@@ -192,6 +233,20 @@ def data(arguments: list[str]) -> int:
 def _named(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The first word, where it is no option, and the rest."""
     return (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else (None, arguments)
+
+
+def _flags(arguments: list[str]) -> tuple[bool, bool, list[str]]:
+    """Whether --print and --scale tiny are among the arguments of `evaclip train`, and the others."""
+    show = "--print" in arguments
+    rest = [argument for argument in arguments if argument != "--print"]
+    scale = next((i for i, argument in enumerate(rest) if argument.split("=")[0] == "--scale"), None)
+    if scale is None:
+        return show, False, rest
+    joined = "=" in rest[scale]
+    given = rest[scale].partition("=")[2] if joined else " ".join(rest[scale + 1 : scale + 2])
+    if given != "tiny":
+        raise RecipeError(f'--scale is {given!r}; allowed: "tiny"')
+    return show, True, rest[:scale] + rest[scale + (1 if joined else 2) :]
 
 
 def _parse(kind: type, prog: str, arguments: list[str], default: Any) -> Any:

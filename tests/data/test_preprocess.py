@@ -94,10 +94,9 @@ def test_random_crops_are_distributed_as_torchvisions(T):
     assert np.all(abs(std / their_std - 1) < 5 / math.sqrt(count))
 
 
-def test_aspect_ratios_are_log_uniform_where_the_image_has_room(monkeypatch):
-    monkeypatch.setattr(preprocess, "SCALE", (0.1, 0.5))
+def test_aspect_ratios_are_log_uniform_where_the_image_has_room():
     random, count = np.random.default_rng(0), 3000
-    boxes = np.array([random_crop(3000, 2800, random) for _ in range(count)])
+    boxes = np.array([random_crop(3000, 2800, random, (0.1, 0.5)) for _ in range(count)])
     ratio = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
     drawn = np.sort(np.log(ratio) / math.log(4 / 3) / 2 + 0.5)
     assert abs(drawn - (np.arange(count) + 0.5) / count).max() < 1.95 / math.sqrt(count)  # Kolmogorov-Smirnov, 0.1 %

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from evaclip.recipes import recipe_files
-from evaclip.train.recipe import Recipe, RecipeError, load_recipe, save_recipe
+from evaclip.train.recipe import Mixed, Phase, Recipe, RecipeError, load_recipe, save_recipe
 
 
 @pytest.mark.parametrize("name", recipe_files())
@@ -60,10 +60,11 @@ def test_types_are_converted_where_nothing_is_lost(tmp_path):
 def test_every_field_is_explained():
     import inspect
 
-    for cls in (Recipe, *(f.default_factory for f in dataclasses.fields(Recipe) if f.name != "name")):
+    sections = (f.default_factory for f in dataclasses.fields(Recipe) if f.name not in ("name", "phase"))
+    for cls in (Recipe, Phase, Mixed, *sections):
         lines = [line.strip() for line in inspect.getsource(cls).splitlines()]
         for field in dataclasses.fields(cls):
-            if cls is Recipe and field.name != "name":
+            if cls is Recipe and field.name not in ("name", "phase"):
                 continue
             at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}:"))
             assert lines[at + 1].startswith('"""'), f"{cls.__name__}.{field.name} has no explanation"

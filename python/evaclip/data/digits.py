@@ -89,6 +89,17 @@ class Digits:
         digits = self._digits(random.choice(self.train_numbers, self.batch_size, replace=False))
         return self._train.write(digits, random, self.shift)[self.share], self._written(digits[self.share])
 
+    def video(self, step: int, frames: int) -> tuple[Tensor, list[str]]:
+        """As `batch`, but each number is written `frames` times, each time in another handwriting.
+
+        Returns:
+            images (B, frames, 1, 8, 8 * length) float32 in [-1, 1], and B captions; a function of (seed, step) alone.
+        """
+        random = counter_random(self.seed, 1, step)
+        digits = self._digits(random.choice(self.train_numbers, self.batch_size, replace=False))
+        images = self._train.write(digits.repeat(frames, axis=0), random, self.shift)
+        return images.unflatten(0, (-1, frames))[self.share], self._written(digits[self.share])
+
     def held_out(self, count: int = 1000) -> tuple[Tensor, list[str]]:
         """Numbers never trained on, in handwriting never trained on; the same for every seed.
 

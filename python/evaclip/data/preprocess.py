@@ -77,6 +77,7 @@ class ImageTransform:
     size: tuple[int, int]  # height, width
     mode: Mode
     channels: int
+    scale: tuple[float, float] = SCALE
 
     def __call__(self, image: "Image", random: np.random.Generator | None = None) -> Tensor:
         """The image as (channels, H, W) float32; `random` is needed in mode "train", and unused in the others."""
@@ -84,7 +85,7 @@ class ImageTransform:
         if self.mode == "train":
             if random is None:
                 raise ValueError('image_transform: mode "train" crops at random; pass a numpy Generator')
-            box = random_crop(image.width, image.height, random)
+            box = random_crop(image.width, image.height, random, self.scale)
         return normalized(torch.from_numpy(self.pixels(image, box)))
 
     def pixels(self, image: "Image", box: Box | None = None) -> np.ndarray:
@@ -117,14 +118,14 @@ class ImageTransform:
         """
         pillow = _pillow()
         with named_error(name), pillow.open(io.BytesIO(data)) as image:
-            box = random_crop(image.width, image.height, random)
+            box = random_crop(image.width, image.height, random, self.scale)
             if decode == "exact" or image.format != "JPEG":
                 return self.pixels(read_image(image, self.channels), box)
             return self._scaled(image, box)
 
     def random_clip(self, frames: "Sequence[Image]", random: np.random.Generator) -> np.ndarray:
         """One random box of all frames of a video, as (frames, channels, H, W) uint8."""
-        box = random_crop(frames[0].width, frames[0].height, random)
+        box = random_crop(frames[0].width, frames[0].height, random, self.scale)
         return np.stack([self.pixels(frame, box) for frame in frames])
 
     def _scaled(self, image: "Image", box: Box) -> np.ndarray:
@@ -140,14 +141,17 @@ class ImageTransform:
         return _planes(image.resize((width, height), _pillow().Resampling.BICUBIC, box=place))
 
 
-def image_transform(size: int | tuple[int, int], *, mode: Mode = "crop", channels: int = 3) -> ImageTransform:
+def image_transform(
+    size: int | tuple[int, int], *, mode: Mode = "crop", channels: int = 3, scale: tuple[float, float] = SCALE
+) -> ImageTransform:
     """CLIP's preprocessing: to a tensor of `size`, normalised with CLIP's mean and standard deviation.
 
     Args:
         size: side, or height and width, in pixels.
         mode: "crop" resizes the shorter side (bicubic, antialiased) and crops the centre; "squash" resizes to exactly
-            `size`; "train" cuts 90 to 100 % of the area at an aspect ratio of 3/4 to 4/3, resizes it, never flips.
+            `size`; "train" cuts a share of the area at an aspect ratio of 3/4 to 4/3, resizes it, never flips.
         channels: 3; or 1 for grey images, normalised with mean 0.5 and standard deviation 0.5.
+        scale: that share, from and to.
 
     Returns:
         A callable `(image, random=None) -> (channels, H, W) float32`; `random` is a numpy Generator.
@@ -164,16 +168,18 @@ def image_transform(size: int | tuple[int, int], *, mode: Mode = "crop", channel
         raise ValueError(f'image_transform: mode is {mode!r}; choose "crop", "squash" or "train"')
     if channels not in _MODES:
         raise ValueError(f"image_transform: channels is {channels}; choose 3 (RGB) or 1 (grey)")
-    return ImageTransform((height, width), mode, channels)
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"image_transform: scale is {scale}; it must be (from, to) with 0 < from <= to <= 1")
+    return ImageTransform((height, width), mode, channels, scale)
 
 
-def random_crop(width: int, height: int, random: np.random.Generator) -> Box:
-    """A random box (left, top, right, bottom) of `SCALE` of the area, its aspect ratio log-uniform in `RATIO`.
+def random_crop(width: int, height: int, random: np.random.Generator, scale: tuple[float, float] = SCALE) -> Box:
+    """A random box (left, top, right, bottom) of `scale` of the area, its aspect ratio log-uniform in `RATIO`.
 
     Source: Szegedy et al., arXiv 1409.4842, section 6.
     """
     for _ in range(10):
-        area = width * height * random.uniform(*SCALE)
+        area = width * height * random.uniform(*scale)
         ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -5,22 +5,25 @@ The text under each field is what `evaclip train <recipe> --help` prints.
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from evaclip.files import write_text
 from evaclip.models import configure, create_model
 from evaclip.models.clip import CLIP
+from evaclip.models.initial import start_from
 from evaclip.recipes import recipe_files
 
-Override = int | float | bool | str
+Override = int | float | bool | str | tuple[int, int]
 
 
 class RecipeError(ValueError):
@@ -32,7 +35,11 @@ class Model:
     name: str = "EVA02-CLIP-B-16"
     """One of `evaclip models`."""
     checkpoint: str | None = None
-    """Weights to start from; random ones without."""
+    """Weights of a whole model to start from; positions of another grid are interpolated."""
+    image_checkpoint: str | None = None
+    """Weights the vision tower starts from, of a masked image model or a CLIP; its head starts anew."""
+    text_checkpoint: str | None = None
+    """Weights the text tower starts from, of a CLIP; its projection starts anew."""
     vision: dict[str, Override] = field(default_factory=dict)
     """Fields of the vision tower to override, e.g. layers 2 width 256 (.layers 2 where the recipe sets it already)."""
     text: dict[str, Override] = field(default_factory=dict)
@@ -71,7 +78,9 @@ class Data:
     patch_drop: float = 0.0
     """Share of image patches left out in training (arXiv 2212.00794)."""
     undropped_tail: float = 0.0
-    """Share of the steps, at the end, that see whole images."""
+    """Share of the steps, at the end (of each phase), that see whole images."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Share of an image's area that the random crop of training keeps, from and to."""
     max_unreadable: float = 0.01
     """Share of the images that may be unreadable before the run stops; they are named and replaced."""
 
@@ -100,8 +109,8 @@ class Optimizer:
     """Largest global gradient norm; 0 turns clipping off."""
     bias_correction: Literal["update", "step_size", "none"] = "update"
     """LAMB: "step_size" with bounds [0.01, 10] and adapt_excluded is the optimizer of the published runs."""
-    trust: Literal["parameter", "group"] = "parameter"
-    """LAMB: one trust ratio per parameter, or per group (tower, layer, decay)."""
+    trust: Literal["parameter", "group"] | tuple[Literal["shard"], int] = "parameter"
+    """LAMB: one trust ratio per parameter, per group (tower, layer, decay), or per slice of it, as "shard" 112."""
     trust_ratio_bounds: tuple[float, float] | None = None
     """LAMB: clamp of the trust ratio."""
     adapt_excluded: bool = False
@@ -110,8 +119,10 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    steps: int = 1000
-    """Optimizer steps in all."""
+    steps: int = 0
+    """Optimizer steps in all; 0: as many as `samples`, or the samples of the phases, fill (without either, 1000)."""
+    samples: int = 0
+    """Samples seen in all, repetitions counted; used where `steps` is 0."""
     warmup: int = 50
     """Steps of linear warm-up; a cosine to zero follows."""
 
@@ -163,6 +174,47 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the run, in order; what it does not say is as in `data`."""
+
+    share: float = 0.0
+    """Its part of the run's steps (of all shares together)."""
+    samples: int = 0
+    """Or the samples it sees: all phases say this, or all their share."""
+    source: str | None = None
+    """As data.source."""
+    mixture: tuple[Mixed, ...] | None = None
+    """As data.mixture."""
+    patch_drop: float | None = None
+    """As data.patch_drop."""
+    undropped_tail: float | None = None
+    """Share of this phase's steps, at its end, that see whole images."""
+    kind: Literal["image", "video"] = "image"
+    """"video": the features of a sample are the mean of those of its frames."""
+    frames: int = 8
+    """Frames of a video sample, spread evenly over it."""
+
+
+class Stage(NamedTuple):
+    """The steps `first` to `end` - 1 of a run, and what they see."""
+
+    first: int
+    end: int
+    data: Data  # with what the phase changes
+    kind: str
+    frames: int  # 1 for images
+
+    @property
+    def tail(self) -> int:
+        """Steps at the end that see whole images, though patches are dropped before."""
+        return round((self.end - self.first) * self.data.undropped_tail) if self.data.patch_drop else 0
+
+    def patch_drop(self, step: int) -> float:
+        """The share of patches that a step leaves out."""
+        return 0.0 if step >= self.end - self.tail else self.data.patch_drop
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str = "run"
     """Names the run's folder."""
@@ -173,11 +225,35 @@ class Recipe:
     loss: Loss = field(default_factory=Loss)
     compute: Compute = field(default_factory=Compute)
     run: Run = field(default_factory=Run)
+    phase: tuple[Phase, ...] = ()
+    """Stretches of the run with data of their own, [[phase]] in TOML; without any the run is one stretch."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        samples = self.schedule.samples or sum(phase.samples for phase in self.phase)
+        return self.schedule.steps or math.ceil(samples / self.data.batch_size) or DEFAULT_STEPS
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The phases with their steps, in order; they cover every step of the run."""
+        phases = self.phase or (Phase(share=1.0),)
+        weights = [phase.share or phase.samples for phase in phases]
+        ends = [round(self.steps * total / sum(weights)) for total in accumulate(weights)]
+        return tuple(
+            Stage(first, end, self._data(phase), phase.kind, phase.frames if phase.kind == "video" else 1)
+            for first, end, phase in zip([0, *ends], ends, phases, strict=False)
+        )
+
+    def _data(self, phase: Phase) -> Data:
+        changes = {key: value for key in _OF_DATA if (value := getattr(phase, key)) is not None}
+        if "source" in changes or self.data.source != Data.source:
+            changes.setdefault("mixture", ())
+        return dataclasses.replace(self.data, **changes)
 
     def __post_init__(self):
         """Raise RecipeError for values that no run could have; before anything is built."""
         data, schedule, optimizer, compute, run = self.data, self.schedule, self.optimizer, self.compute, self.run
-        fixed = self.loss.fixed_logit_scale
+        fixed, crop = self.loss.fixed_logit_scale, data.crop_scale
         for ok, key, given, allowed in (
             (bool(self.name) and "/" not in self.name, "name", self.name, "a folder name"),
             (data.batch_size >= 2, "data.batch_size", data.batch_size, "at least 2: a contrast needs two samples"),
@@ -186,7 +262,9 @@ class Recipe:
             (data.workers >= 0, "data.workers", data.workers, "at least 0"),
             (0 <= data.patch_drop < 1, "data.patch_drop", data.patch_drop, "at least 0 and below 1"),
             (0 <= data.undropped_tail <= 1, "data.undropped_tail", data.undropped_tail, "between 0 and 1"),
-            (schedule.steps >= 1, "schedule.steps", schedule.steps, "at least 1"),
+            (0 < crop[0] <= crop[1] <= 1, "data.crop_scale", crop, "(from, to) with 0 < from <= to <= 1"),
+            (schedule.steps >= 0, "schedule.steps", schedule.steps, "at least 1, or 0"),
+            (schedule.samples >= 0, "schedule.samples", schedule.samples, "at least 1, or 0"),
             (schedule.warmup >= 0, "schedule.warmup", schedule.warmup, "at least 0"),
             (compute.micro_batches >= 1, "compute.micro_batches", compute.micro_batches, "at least 1"),
             (
@@ -203,6 +281,12 @@ class Recipe:
                 (0 < getattr(optimizer, key) <= 1, f"optimizer.{key}", getattr(optimizer, key), "above 0, at most 1")
                 for key in ("visual_layer_decay", "text_layer_decay")
             ),
+            (
+                isinstance(optimizer.trust, str) or optimizer.trust[1] >= 1,
+                "optimizer.trust",
+                optimizer.trust,
+                "('shard', R) with R at least 1",
+            ),
             (0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", self.loss.label_smoothing, "in [0, 1)"),
             (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
             (compute.timeout > 0, "compute.timeout", compute.timeout, "above 0"),
@@ -213,8 +297,38 @@ class Recipe:
         ):
             if not ok:
                 raise RecipeError(f"{key} is {given!r}; allowed: {allowed}")
+        self._check_phases()
+
+    def _check_phases(self) -> None:
+        by_samples = [phase.samples > 0 for phase in self.phase]
+        for number, phase in enumerate(self.phase, start=1):
+            drop, tail = phase.patch_drop or 0.0, phase.undropped_tail or 0.0
+            for ok, key, given, allowed in (
+                (phase.share >= 0, "share", phase.share, "above 0"),
+                (phase.samples >= 0, "samples", phase.samples, "at least 1"),
+                ((phase.share > 0) != (phase.samples > 0), "share", phase.share, "above 0, or else `samples` is"),
+                (all(by_samples) or not any(by_samples), "samples", phase.samples, "given by all phases or by none"),
+                (0 <= drop < 1, "patch_drop", drop, "at least 0 and below 1"),
+                (0 <= tail <= 1, "undropped_tail", tail, "between 0 and 1"),
+                (phase.frames >= 1, "frames", phase.frames, "at least 1"),
+            ):
+                if not ok:
+                    raise RecipeError(f"phase {number}: {key} is {given!r}; allowed: {allowed}")
+        for number, stage in enumerate(self.stages(), start=1):
+            if stage.first == stage.end:
+                raise RecipeError(
+                    f"phase {number} has none of the {self.steps} steps of the run; give the run more steps, or it more"
+                )
 
 
+DEFAULT_STEPS = 1000
+# The fields of `Model` that name weights, and the tower they are for, in the order they are read.
+CHECKPOINTS: dict[str, Literal["visual", "text"] | None] = {
+    "checkpoint": None,
+    "image_checkpoint": "visual",
+    "text_checkpoint": "text",
+}
+_OF_DATA = ("source", "mixture", "patch_drop", "undropped_tail")
 _COUNTS = ("log_every", "save_every", "keep", "max_skipped")
 
 
@@ -243,13 +357,32 @@ def load_recipe(name: str) -> Recipe:
     return recipe
 
 
-def build_model(recipe: Recipe, device: str | torch.device, checkpoint: str | None = None) -> CLIP:
-    """A recipe's model on a device, in the dtype it is trained in; with the weights of a checkpoint, if given."""
+def build_model(recipe: Recipe, device: str | torch.device) -> CLIP:
+    """A recipe's model on a device, in the dtype it is trained in, with initial values."""
     model = recipe.model
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else None
-    return create_model(
-        model.name, checkpoint=checkpoint, device=device, dtype=dtype, vision=model.vision, text=model.text
-    )
+    return create_model(model.name, device=device, dtype=dtype, vision=model.vision, text=model.text)
+
+
+def start(model: CLIP, recipe: Model) -> None:
+    """Take over the weights a recipe starts from, and tell what was not taken over as it is.
+
+    Raises:
+        RecipeError: a file is missing.
+        ValueError: a file does not fit.
+    """
+    for key, tower in CHECKPOINTS.items():
+        path = getattr(recipe, key)
+        if path is None:
+            continue
+        if not Path(path).is_file():
+            option = key.replace("_", "-")
+            raise RecipeError(
+                f"model.{key} is {path!r}, and there is no such file; give yours as --model.{option} PATH, or start "
+                f"from random values with --model.{option} None"
+            )
+        for note in start_from(model, path, tower):
+            print(note)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -270,6 +403,9 @@ def from_dict(cls: type, values: dict[str, Any], path: str, prefix: str = "") ->
             hint = f"; did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(hints)}"
             raise RecipeError(f"{where} is no field of a recipe{hint}")
         given[key] = _convert(hints[key], value, where, prefix + key + ".", path)
+    for known in dataclasses.fields(cls):
+        if known.default is known.default_factory is dataclasses.MISSING and known.name not in given:
+            raise RecipeError(f"{path}: {prefix}{known.name} is missing")
     return cls(**given)
 
 
@@ -277,7 +413,10 @@ def _convert(hint: Any, value: Any, where: str, prefix: str, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value, path, prefix)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
+        given = [option for option in arguments if option is not types.NoneType]
+        if value is not None and len(given) == 1:
+            return _convert(given[0], value, where, prefix, path)
         for option in arguments:
             try:
                 return _convert(option, value, where, prefix, path)

@@ -1,5 +1,7 @@
 """Where a recipe's samples come from: `batch(step)` is a function of (seed, step), so a run can continue anywhere."""
 
+import dataclasses
+from bisect import bisect
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +19,15 @@ from evaclip.data.shards import Shards, are_shards
 from evaclip.data.tar import CACHE
 from evaclip.data.tokenizer import get_tokenizer
 from evaclip.models.config import ClipConfig
-from evaclip.train.recipe import Recipe, RecipeError
+from evaclip.train.recipe import Data, Recipe, RecipeError
+
+Tokenizer = Callable[[list[str]], Tensor]
 
 
 class Source(Protocol):
     """What the trainer asks of a data set."""
 
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Normalised images (b, C, H, W), or videos (b, frames, C, H, W), and token ids (b, context) of a step.
@@ -36,7 +40,7 @@ class Source(Protocol):
 class Tokenized:
     """A data set of images and captions as a source; the next batch is read while a step computes."""
 
-    def __init__(self, batches: Digits | CaptionBatches, tokenizer: Callable[[list[str]], Tensor], ahead: bool):
+    def __init__(self, batches: "Digits | Videos | CaptionBatches", tokenizer: Tokenizer, ahead: bool):
         self.batches, self.tokenizer = batches, tokenizer
         self.reader = ThreadPoolExecutor(1, "evaclip-reader") if ahead else None
         self.next: tuple[int, Future] | None = None
@@ -54,6 +58,43 @@ class Tokenized:
             return images, self.tokenizer(captions)
         except ValueError as error:
             raise DataError(str(error)) from error
+
+
+class Videos:
+    """The digits as videos: a number, written several times."""
+
+    def __init__(self, digits: Digits, frames: int):
+        self.digits, self.frames = digits, frames
+
+    def batch(self, step: int) -> tuple[Tensor, list[str]]:
+        return self.digits.video(step, self.frames)
+
+
+class Staged:
+    """The sources of a run's stages; a step's batch is that of its stage."""
+
+    def __init__(self, sources: list[Source], firsts: list[int]):
+        self.sources, self.firsts, self.tokenizer = sources, firsts, sources[0].tokenizer
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        return self.sources[bisect(self.firsts, step) - 1].batch(step)
+
+
+def open_stages(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 1) -> Source:
+    """The data of all stages of a recipe; arguments and errors as `open_source`, before the first step.
+
+    Stages that read the same data share it: an epoch goes on where one stage ends and the next begins.
+    """
+    opened: dict[tuple[Data, int], Source] = {}
+    sources = []
+    for stage in recipe.stages():
+        data = dataclasses.replace(stage.data, patch_drop=0.0, undropped_tail=0.0)
+        frames = stage.frames if stage.kind == "video" else 0
+        if (data, frames) not in opened:
+            one = dataclasses.replace(recipe, data=data, phase=())
+            opened[data, frames] = open_source(one, config, rank, world, frames=frames)
+        sources.append(opened[data, frames])
+    return sources[0] if len(opened) == 1 else Staged(sources, [stage.first for stage in recipe.stages()])
 
 
 def open_source(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 1, *, frames: int = 0) -> Source:
@@ -76,7 +117,7 @@ def open_source(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 
             f"{config.text.vocabulary}; override it with --model.text vocabulary {vocabulary}"
         )
     vision = config.vision
-    transform = image_transform(vision.image_size, mode="train", channels=vision.channels)
+    transform = image_transform(vision.image_size, mode="train", channels=vision.channels, scale=data.crop_scale)
     mixed = {mixed.source: mixed.weight for mixed in data.mixture} or {data.source: 1.0}
     if all(are_shards(source) for source in mixed):
         cache = Path(data.cache).expanduser() if data.cache else CACHE
@@ -94,12 +135,13 @@ def open_source(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 
             world=world,
         )
         return Readers(batches, data.workers, max_unreadable=data.max_unreadable)
+    if data.source == "digits" and not data.mixture:
+        digits = Digits(data.batch_size, seed=seed, rank=rank, world=world)
+        return Tokenized(Videos(digits, frames) if frames else digits, tokenizer, ahead=False)
     if data.mixture or frames:
         what = "data.mixture" if data.mixture else "a video source"
         wrong = next(source for source in mixed if not are_shards(source))
         raise RecipeError(f"{what} is made of .tar shards, which {wrong!r} is not; `evaclip data pack` makes them")
-    if data.source == "digits":
-        return Tokenized(Digits(data.batch_size, seed=seed, rank=rank, world=world), tokenizer, ahead=False)
     if not Path(data.source).exists():
         raise RecipeError(
             f'data.source {data.source!r} does not exist; give "digits", a folder, a CSV/TSV/JSONL file, or .tar shards'

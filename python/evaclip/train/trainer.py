@@ -1,8 +1,10 @@
 """The training loop: data in counter order, one step after the other, nothing hidden."""
 
+import dataclasses
 import math
 import signal
 import time
+from bisect import bisect
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from evaclip.train.log import RunLog
 from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
 from evaclip.train.parallel import averaged, clip_grad_norm, spread
 from evaclip.train.ranks import Ranks, join, lost
-from evaclip.train.recipe import Recipe, RecipeError, build_model, load_recipe, save_recipe
-from evaclip.train.source import open_source
+from evaclip.train.recipe import Recipe, RecipeError, build_model, load_recipe, save_recipe, start
+from evaclip.train.source import open_stages
 from evaclip.train.step import forward_backward, random_state, set_random_state
 
 
@@ -34,11 +36,15 @@ class Trainer:
             torch.set_num_threads(recipe.compute.threads)
         torch.manual_seed(recipe.run.seed)
         found = checkpoint.latest(folder) if resume else None
-        self.model = build_model(recipe, self.device, None if found else recipe.model.checkpoint)
+        self.model = build_model(recipe, self.device)
+        if not found:
+            start(self.model, recipe.model)
         self.model.set_checkpointing(recipe.compute.activation_checkpointing)
         if recipe.loss.fixed_logit_scale is not None:
             self.model.logit_scale.requires_grad_(False).fill_(math.log(recipe.loss.fixed_logit_scale))
-        self.source = open_source(recipe, self.model.config, self.ranks.rank, self.ranks.world)
+        self.schedule = dataclasses.replace(recipe.schedule, steps=recipe.steps)
+        self.stages = recipe.stages()
+        self.source = open_stages(recipe, self.model.config, self.ranks.rank, self.ranks.world)
         self.forward = spread(self.model, recipe.compute, self.ranks, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -55,7 +61,7 @@ class Trainer:
         Returns:
             "finished", or the reason to have stopped early; the state is saved in either case.
         """
-        recipe, steps = self.recipe, self.recipe.schedule.steps
+        recipe, steps = self.recipe, self.schedule.steps
         self.folder.mkdir(parents=True, exist_ok=True)
         log = None
         if self.ranks.first:
@@ -92,7 +98,7 @@ class Trainer:
     def train_step(self) -> dict[str, float | str]:
         """One optimizer step; a non-finite loss or gradient norm leaves weights and optimizer as they were."""
         recipe = self.recipe
-        share = warmup_cosine(self.step, recipe.schedule)
+        share = warmup_cosine(self.step, self.schedule)
         set_learning_rate(self.optimizer, share)
         images, ids = self._batch()
         images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
@@ -120,14 +126,19 @@ class Trainer:
         return metrics
 
     def _kept(self, batch: int) -> torch.Tensor | None:
-        data, steps = self.recipe.data, self.recipe.schedule.steps
-        if not data.patch_drop or self.step >= steps - round(steps * data.undropped_tail):
+        stage = self.stages[bisect([stage.first for stage in self.stages], self.step) - 1]
+        drop = stage.patch_drop(self.step)
+        if not drop:
             return None
         patches = self.model.visual.patches
-        keep = max(1, int(patches * (1 - data.patch_drop)))
-        # The sample's index in the whole run: ids do not depend on micro-batches or on how many processes there are.
-        first = self.step * data.batch_size + self.ranks.share(data.batch_size).start
-        return ek.sample_kept_tokens(batch, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
+        keep = max(1, int(patches * (1 - drop)))
+        # The index of the sample (or its frames) in the whole run: ids do not depend on micro-batches or processes.
+        size, frames = self.recipe.data.batch_size, stage.frames
+        first = (self.step * size + self.ranks.share(size).start) * frames
+        kept = ek.sample_kept_tokens(
+            batch * frames, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device
+        )
+        return kept.unflatten(0, (batch, frames)) if stage.kind == "video" else kept
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's share of the step's batch; where any process cannot read its own, all raise DataError."""
@@ -152,7 +163,7 @@ class Trainer:
             log.metrics(self.step - 1, **metrics)
             log.say(f"step {self.step - 1} skipped: {metrics['skipped']}")
             return
-        if (self.step - 1) % self.recipe.run.log_every == 0 or self.step == self.recipe.schedule.steps:
+        if (self.step - 1) % self.recipe.run.log_every == 0 or self.step == self.schedule.steps:
             rate = self.recipe.data.batch_size / seconds
             log.metrics(self.step - 1, **metrics, samples_per_second=rate, skipped_steps=self.skipped)
         accuracy = 100 * metrics["image_to_text"]
