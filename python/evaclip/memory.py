@@ -56,8 +56,7 @@ class Step:
 
     def tokens(self, config: VisionConfig) -> int:
         """Tokens of one image, the class token counted."""
-        kept = max(1, int(config.patches * (1 - self.patch_drop))) if self.patch_drop else config.patches
-        return 1 + kept
+        return config.tokens(self.patch_drop)
 
 
 def vision_block(config: VisionConfig, step: Step) -> int:
@@ -115,7 +114,7 @@ def activations(config: ClipConfig, step: Step, *, checkpointing: bool) -> int:
     patch = vision.channels * vision.patch**2
     patches = a * (tokens[0] - step.images) * patch
     if step.casts:
-        kept += a * (vision.width * (patch + config.embed_dim) + text.width * config.embed_dim)
+        kept += a * (vision.width + text.width) * config.embed_dim
     ids = 8 * tokens[1]
     ends = (step.images * vision.width + step.batch * text.width) * (stream + a)  # the last norms, of one token each
     features = (step.images + step.batch) * config.embed_dim * (a + 4)
@@ -146,7 +145,7 @@ def loss(config: ClipConfig, batch: int, ranks: int = 1) -> int:
     width, everywhere = config.embed_dim, batch * ranks
     tiles = 4 * TILE**2 * 2 + 20 * TILE * width
     if ranks == 1:
-        return 8 * batch * width + (tiles if batch > TILE else 3 * 4 * batch**2) + 32 * 2 * batch
+        return 8 * batch * width + (tiles if batch > TILE else 4 * 4 * batch**2) + 32 * 2 * batch
     lines = ranks if ranks <= LINE else ranks // max(d for d in range(1, math.isqrt(ranks) + 1) if ranks % d == 0)
     rows, columns = everywhere // lines * (lines < ranks) or batch, everywhere * lines // ranks
     gathered = 4 * (columns + rows * (lines < ranks)) * width

@@ -5,8 +5,8 @@ Everything here is by formula from datasheets. EFFICIENCY, TRAFFIC and RESERVED 
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from evaclip import flops, memory
@@ -76,12 +76,22 @@ class Job:
         local = self.batch // self.gpus // way.micro_batches
         return memory.Step(local, self.precision, self.patch_drop, self.frames, gathered)
 
-    @property
+    @cached_property
+    def held(self) -> memory.State:
+        """Weights and what belongs to them, all of it."""
+        return memory.state(self.model)
+
+    @cached_property
+    def largest_block(self) -> int:
+        """Bytes of the weights of the largest block."""
+        blocks = *self.model.visual.blocks, *self.model.text.transformer.resblocks
+        return max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
+
+    @cached_property
     def flops(self) -> float:
         """FLOP of a step, all GPUs together, as MFU counts them."""
-        whole = memory.Step(self.batch, self.precision, self.patch_drop, self.frames)
         config = self.model.config
-        return self.batch * flops.training(config, whole.tokens(config.vision), self.frames)
+        return self.batch * flops.training(config, config.vision.tokens(self.patch_drop), self.frames)
 
     @property
     def rate(self) -> float:
@@ -91,9 +101,9 @@ class Job:
 
 def parts(job: Job, way: Way) -> dict[str, float]:
     """Bytes on one GPU, part by part."""
-    config, step, held, ranks = job.model.config, job.step(way), memory.state(job.model), job.gpus
+    config, step, held, ranks = job.model.config, job.step(way), job.held, job.gpus
     compute = step.widths.activation / step.widths.weight  # size of a gathered weight, relative to a stored one
-    block = max(_block_weights(job.model)) * (compute if way.sharding in ("zero2", "zero3") else 1)
+    block = job.largest_block * (compute if way.sharding in ("zero2", "zero3") else 1)
     sharded = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}[way.sharding]
     local = job.batch // ranks
     found = {
@@ -111,11 +121,6 @@ def parts(job: Job, way: Way) -> dict[str, float]:
     return {name: float(size) for name, size in found.items()}
 
 
-def _block_weights(model: CLIP) -> Iterator[int]:
-    for block in (*model.visual.blocks, *model.text.transformer.resblocks):
-        yield sum(p.numel() * p.element_size() for p in block.parameters())
-
-
 def estimate(job: Job, way: Way) -> Estimate:
     """Memory and time of one step."""
     step, config, ranks, gpu = job.step(way), job.model.config, job.gpus, job.gpu
@@ -128,8 +133,7 @@ def estimate(job: Job, way: Way) -> Estimate:
     traffic = saved * (PASSES + 2 * (forwards - 3)) + 2 * state
     computing = products / (job.rate / ranks * EFFICIENCY)
     moving = traffic / (gpu.bandwidth * TRAFFIC)
-    held = memory.state(job.model)
-    weights, reduced = held.weights * step.widths.activation / step.widths.weight, held.gradients
+    weights, reduced = job.held.weights * step.widths.activation / step.widths.weight, job.held.gradients
     if step.gathered:
         reduced = reduced * 4 // step.widths.weight  # sums in float32
     gathers = {"ddp": 0, "zero1": 1, "zero2": 1, "zero3": 2 * way.micro_batches + (way.micro_batches > 1)}[way.sharding]
@@ -157,8 +161,11 @@ def options(job: Job) -> list[Estimate]:
 
 
 def best(job: Job) -> Estimate | None:
-    """The fastest way that fits, of equals the one that shards least; None where nothing fits."""
-    return min((one for one in options(job) if one.fits), key=lambda one: one.seconds, default=None)
+    """The fastest way that fits; of those within 1 % of it that of fewest micro-batches, then the least sharded."""
+    fitting = [one for one in options(job) if one.fits]
+    fastest = min((one.seconds for one in fitting), default=0.0)
+    near = (one for one in fitting if one.seconds <= 1.01 * fastest)
+    return min(near, key=lambda one: one.way.micro_batches, default=None)
 
 
 def jobs(recipe: Recipe, gpu: Gpu, gpus: int) -> list[tuple[Job, int]]:
@@ -205,15 +212,12 @@ def report(recipe: Recipe, gpu: str, gpus: int, mfu: float | None = None) -> str
         raise ValueError(f"no GPU {gpu!r}; known: {', '.join(GPUS)}")
     found = jobs(recipe, GPUS[gpu], gpus)
     job, _ = max(found, key=lambda stage: stage[0].flops * stage[1])
-    parameters, title = (
-        sum(p.numel() for p in job.model.parameters()),
-        ("checkpoints", "parts", "GB/GPU", "s/step", "MFU"),
-    )
+    parameters = sum(p.numel() for p in job.model.parameters())
     lines = [
         f"{recipe.model.name}: {parameters:,} parameters, {job.precision}; {job.batch:,} samples on {gpus} x {gpu}, "
         f"{job.batch // gpus:,} each, {_seen(job)}; by formula, see docs/planning.md",
         "",
-        "{:40s} {:>11s} {:>6s} {:>8s} {:>8s} {:>7s}".format("", *title),
+        "{:40s} {:>11s} {:>6s} {:>8s} {:>8s} {:>7s}".format("", "checkpoints", "parts", "GB/GPU", "s/step", "MFU"),
     ]
     for one in options(job):
         checks = "yes" if one.way.checkpointing else "no"
@@ -231,16 +235,16 @@ def report(recipe: Recipe, gpu: str, gpus: int, mfu: float | None = None) -> str
         f"{main.communicating:.2f} s of communication meanwhile",
         "",
     ]
-    for one, of, steps in chosen if len(found) > 1 else ():
-        how = f"{one.seconds:.2f} s each, {one.memory / 1e9:.1f} GB, {_described(one.way)}" if one else "nothing fits"
+    for way, of, steps in chosen if len(found) > 1 else ():
+        how = f"{way.seconds:.2f} s each, {way.memory / 1e9:.1f} GB, {_described(way.way)}" if way else "nothing fits"
         lines.append(f"{steps:,} steps, {_seen(of)}: {how}")
     return "\n".join(lines + _duration(found, mfu) + _published(recipe)) + "\n"
 
 
 def _seen(job: Job) -> str:
     vision = job.model.config.vision
-    tokens = memory.Step(1, patch_drop=job.patch_drop).tokens(vision)
-    return f"{f'{job.frames} frames of ' if job.frames > 1 else ''}{tokens} of {1 + vision.patches} tokens"
+    frames = f"{job.frames} frames of " if job.frames > 1 else ""
+    return f"{frames}{vision.tokens(job.patch_drop)} of {vision.tokens()} tokens"
 
 
 def _described(way: Way) -> str:
@@ -267,7 +271,7 @@ def _duration(found: list[tuple[Job, int]], mfu: float | None) -> list[str]:
         return ["a phase does not fit"]
     work, seconds = whole
     lines = [
-        f"run: {steps:,} steps, {steps * job.batch / 1e9:.2f} B samples, {work:.2e} FLOP: {seconds / 86400:.1f} days, "
+        f"run: {steps:,} steps, {steps * job.batch:,} samples, {work:.2e} FLOP: {seconds / 86400:.1f} days, "
         f"MFU {100 * work / job.rate / seconds:.1f} %"
     ]
     if mfu is not None:

@@ -63,6 +63,10 @@ class VisionConfig:
         """Patches of an image, the class token not counted."""
         return math.prod(self.grid)
 
+    def tokens(self, patch_drop: float = 0.0) -> int:
+        """Tokens of an image, the class token counted, when this share of its patches is dropped."""
+        return 1 + (max(1, int(self.patches * (1 - patch_drop))) if patch_drop else self.patches)
+
     @property
     def mlp_width(self) -> int:
         """The hidden width of the MLP."""

@@ -7,6 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from evaclip.models.clip import CLIP
+from evaclip.models.config import VisionConfig
 from evaclip.train.optim import parameter_groups
 from evaclip.train.recipe import Recipe, Stage, build_model
 
@@ -21,17 +22,16 @@ def resolved(recipe: Recipe) -> str:
     lines = [
         f"{recipe.model.name}: {vision:,} parameters of the vision tower, {text:,} of the text tower",
         f"{steps:,} steps of {batch:,} samples: {steps * batch:,} samples; {recipe.schedule.warmup:,} steps of warm-up",
-        *(_stage(i, stage, model.visual.patches) for i, stage in enumerate(recipe.stages(), start=1)),
+        *(_stage(i, stage, model.config.vision) for i, stage in enumerate(recipe.stages(), start=1)),
         *_learning_rates(model, recipe),
     ]
     lines = [part for line in lines for part in wrap(line, 116, subsequent_indent="    ")]
     return "".join(f"# {line}\n" for line in lines) + "\n" + to_toml(dataclasses.asdict(recipe))
 
 
-def _stage(number: int, stage: Stage, patches: int) -> str:
+def _stage(number: int, stage: Stage, vision: VisionConfig) -> str:
     where = ", ".join(f"{part.source} x {part.weight:g}" for part in stage.data.mixture) or stage.data.source
-    drop = stage.data.patch_drop
-    seen = f"{1 + max(1, int(patches * (1 - drop))) if drop else 1 + patches} of {1 + patches} tokens"
+    seen = f"{vision.tokens(stage.data.patch_drop)} of {vision.tokens()} tokens"
     if stage.tail:
         seen += f", all of them in the last {stage.tail:,} steps"
     kind = f"videos of {stage.frames} frames" if stage.kind == "video" else "images"

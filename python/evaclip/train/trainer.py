@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import resource
 import signal
+import sys
 import time
 from bisect import bisect
 from pathlib import Path
@@ -10,13 +12,15 @@ from pathlib import Path
 import torch
 
 import evakernels as ek
+from evaclip import flops
 from evaclip.data.common import DataError
+from evaclip.gpus import gpu_of
 from evaclip.train import checkpoint
 from evaclip.train.log import RunLog
 from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
 from evaclip.train.parallel import averaged, clip_grad_norm, spread
 from evaclip.train.ranks import Ranks, join, lost
-from evaclip.train.recipe import Recipe, RecipeError, build_model, load_recipe, save_recipe, start
+from evaclip.train.recipe import Recipe, RecipeError, Stage, build_model, load_recipe, save_recipe, start
 from evaclip.train.source import open_stages
 from evaclip.train.step import forward_backward, random_state, set_random_state
 
@@ -48,6 +52,7 @@ class Trainer:
         self.forward = spread(self.model, recipe.compute, self.ranks, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.waited = 0.0  # seconds that the last step waited for its batch
         self.stop: str | None = None  # why the run is to end after the step at hand
         self.saving = False
         if self.ranks.world > 1:  # all have the same weights, each its own random numbers
@@ -100,7 +105,9 @@ class Trainer:
         recipe = self.recipe
         share = warmup_cosine(self.step, self.schedule)
         set_learning_rate(self.optimizer, share)
+        began = time.perf_counter()
         images, ids = self._batch()
+        self.waited = time.perf_counter() - began
         images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
         tensors = forward_backward(self.forward, images, ids, self._kept(len(images)), recipe, self.ranks)
         averaged(self.model, recipe.compute, self.ranks)
@@ -125,13 +132,15 @@ class Trainer:
         self.step += 1
         return metrics
 
+    def _stage(self, step: int) -> Stage:
+        return self.stages[bisect([stage.first for stage in self.stages], step) - 1]
+
     def _kept(self, batch: int) -> torch.Tensor | None:
-        stage = self.stages[bisect([stage.first for stage in self.stages], self.step) - 1]
+        stage, vision = self._stage(self.step), self.model.config.vision
         drop = stage.patch_drop(self.step)
         if not drop:
             return None
-        patches = self.model.visual.patches
-        keep = max(1, int(patches * (1 - drop)))
+        patches, keep = vision.patches, vision.tokens(drop) - 1
         # The index of the sample (or its frames) in the whole run: ids do not depend on micro-batches or processes.
         size, frames = self.recipe.data.batch_size, stage.frames
         first = (self.step * size + self.ranks.share(size).start) * frames
@@ -164,10 +173,29 @@ class Trainer:
             log.say(f"step {self.step - 1} skipped: {metrics['skipped']}")
             return
         if (self.step - 1) % self.recipe.run.log_every == 0 or self.step == self.schedule.steps:
-            rate = self.recipe.data.batch_size / seconds
-            log.metrics(self.step - 1, **metrics, samples_per_second=rate, skipped_steps=self.skipped)
-        accuracy = 100 * metrics["image_to_text"]
-        log.progress(self.step, f"loss {metrics['loss']:.3f}  in-batch accuracy {accuracy:.0f} %")
+            log.metrics(self.step - 1, **metrics, **self._speed(self.step - 1, seconds), skipped_steps=self.skipped)
+        accuracy, rate = 100 * metrics["image_to_text"], self.recipe.data.batch_size / seconds
+        log.progress(
+            self.step, f"loss {metrics['loss']:.3f}  in-batch accuracy {accuracy:.0f} %  {rate:,.0f} samples/s"
+        )
+
+    def _speed(self, step: int, seconds: float) -> dict[str, float]:
+        """How fast a step was; MFU where the GPU's rate is known: the formula of docs/planning.md."""
+        batch, stage, vision = self.recipe.data.batch_size, self._stage(step), self.model.config.vision
+        speed = {"samples_per_second": batch / seconds, "data_wait": self.waited / seconds, "memory_gb": self._memory()}
+        gpu = gpu_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if gpu is not None:
+            rate = gpu.rate_fp32 if self.recipe.compute.precision == "fp32" else gpu.rate
+            tokens = vision.tokens(stage.patch_drop(step))
+            speed["mfu"] = batch * flops.training(self.model.config, tokens, stage.frames) / seconds / rate
+        return speed
+
+    def _memory(self) -> float:
+        """The most memory used so far, GB: tensors on the GPU, or on a CPU the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used * (1 if sys.platform == "darwin" else 1024) / 1e9
 
     def _on_signal(self, number: int, frame) -> None:
         if self.stop and not self.saving:  # the second one does not wait, unless a checkpoint is half written
