@@ -119,11 +119,17 @@ class FusedLAMB(Optimizer):
         device = params[0].device
         self._check_capture(device, [group["lr"] for group, _ in groups])
         states = [self._state_of(p, device) for p in params]
+        grads: list[Any] = [p.grad for p in params]
+        lamb_step: Callable = torch.ops.evakernels.lamb_step.default
+        if any(map(_is_distributed, params)):
+            from evakernels.ops.lamb import layout, sharded
+
+            grads, lamb_step = list(map(layout.gradient, params)), sharded.lamb_step
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         bounds = [group["trust_ratio_bounds"] or (0.0, math.inf) for group, _ in groups]
-        norm = torch.ops.evakernels.lamb_step.default(
+        norm = lamb_step(
             params,
-            [p.grad for p in params],
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["master"] for state in states if "master" in state],
@@ -178,6 +184,10 @@ class FusedLAMB(Optimizer):
                     del self.state[param][key]
                 elif isinstance(value, Tensor):
                     dtype = torch.float32 if key == "step" else wide if value.is_floating_point() else value.dtype
+                    if key != "step" and (_is_distributed(param) or _is_distributed(value)):
+                        from evakernels.ops.lamb import layout
+
+                        value = layout.placed(param, value)
                     self.state[param][key] = value.detach().to(
                         param.device, dtype, copy=True, memory_format=torch.contiguous_format
                     )
@@ -207,8 +217,8 @@ class FusedLAMB(Optimizer):
         if "exp_avg" not in state:
             wide = checks.accumulator(param.dtype)
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros(param.shape, dtype=wide, device=device)
-            state["exp_avg_sq"] = torch.zeros(param.shape, dtype=wide, device=device)
+            for key in ("exp_avg", "exp_avg_sq"):  # of a DTensor: placed like it
+                state[key] = torch.zeros_like(param, dtype=wide, memory_format=torch.contiguous_format)
         if "master" not in state and param.dtype in (torch.bfloat16, torch.float16):
             state["master"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
         return state
@@ -293,9 +303,14 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_param(param: Tensor) -> None:
     checks.floating("FusedLAMB", parameter=param)
-    sharded = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
-    if sharded is not None and isinstance(param, sharded.DTensor):
-        raise NotImplementedError(
-            "FusedLAMB: a parameter is a DTensor, which this version does not step; allowed are plain tensors, so "
-            "build the optimizer before sharding, or keep the parameters replicated (DistributedDataParallel)"
-        )
+    if _is_distributed(param):
+        from evakernels.ops.lamb import layout
+
+        if why := layout.refusal(param):
+            raise NotImplementedError(why)
+
+
+def _is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor; where nobody has imported them there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
