@@ -32,7 +32,9 @@ LAYOUTS = {
 
 def mesh(kind: str):
     size = dist.get_world_size()
-    return init_device_mesh("cpu", (size,) if kind == "flat" else (max(size // 2, 1), min(size, 2)))
+    if kind == "flat":
+        return init_device_mesh("cpu", (size,))
+    return init_device_mesh("cpu", (max(size // 2, 1), min(size, 2)), mesh_dim_names=("replicate", "shard"))
 
 
 def distributed(tensors: list[Tensor], layout: str) -> list[Tensor]:

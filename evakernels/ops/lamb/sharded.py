@@ -96,8 +96,7 @@ def lamb_step(
             g = torch._foreach_mul(g, factor if wide else factor.float())  # type: ignore[assignment]
         of = [owners[i] for i in batch]
         with _unless(skip, m), _unless(skip, v):
-            torch._foreach_mul_(m, [beta1s[k] for k in of])
-            torch._foreach_add_(m, torch._foreach_mul(g, [1 - beta1s[k] for k in of]))
+            torch._foreach_lerp_(m, g, [1 - beta1s[k] for k in of])
             torch._foreach_mul_(v, [beta2s[k] for k in of])
             torch._foreach_addcmul_(v, g, g, scalars=[1 - beta2s[k] for k in of])
             # m / c1 / (sqrt(v) / sqrt(c2) + eps) with the corrections taken into the denominator
@@ -127,7 +126,8 @@ def lamb_step(
         for u in updates:
             u.masked_fill_(skip, 0)  # p - 0 is p, bit for bit
     torch._foreach_sub_(weights, updates)
-    torch._foreach_add_(steps, torch.ones_like(ts[0]) if skip is None else (~skip).double())
+    counted = torch.ones_like(steps[0]) if skip is None else (~skip).to(steps[0].dtype)
+    torch._foreach_add_(steps, [counted] * len(steps))
     if rounded := [i for i, p in enumerate(params) if weights[i] is not p]:
         narrow = [params[i] for i in rounded]
         with _unless(skip, narrow):
