@@ -21,6 +21,10 @@ GLOBAL = ("max_grad_norm", "bias_correction", "trust", "capturable")
 class FusedLAMB(Optimizer):
     """LAMB with float32 moments and master weights, in as few passes over memory as the device allows.
 
+    Parameters may be DTensors (FSDP2's `fully_shard`, hybrid or replicated ones), also beside plain tensors that are the
+    same on every rank: norms and trust ratios are those of the whole tensors, by two packed all-reduces over the
+    dimensions that shard them. State then has the parameter's placement.
+
     EVA-CLIP's own optimizer file (NVIDIA's variant, also timm's): `max_grad_norm=1.0` and the defaults. DeepSpeed's,
     which trained the published weights: `bias_correction="step_size"`, `trust_ratio_bounds=(0.01, 10)`,
     `adapt_excluded=True`, `trust=("shard", R)` with R the number of data-parallel ranks.
@@ -39,17 +43,20 @@ class FusedLAMB(Optimizer):
         bias_correction: "update" corrects both moments; "step_size" multiplies the learning rate by
             sqrt(1 - beta2^t) / (1 - beta1^t), weight decay included; None corrects nothing.
         trust: one ratio per "parameter", per "group", or per slice: ("shard", R) flattens a group's parameters in
-            order, pads them with zeros to a multiple of R elements and cuts them into R slices.
+            order, pads them with zeros to a multiple of R elements and cuts them into R slices; R need not be the
+            number of today's ranks.
         capturable: `step()` may be captured in a CUDA graph; every lr must then be a tensor on the device.
 
-    Parameters without a gradient are skipped (slices are cut as if they were not there); gradients are left as they
-    are. `GradScaler` is served without waiting for the device. A parameter's state is `step`, `exp_avg`,
-    `exp_avg_sq`, and `master` where it is bfloat16 or float16; loading keeps their dtypes and copies them. Who changes
-    such a parameter between steps (clamps it) must change `optimizer.state[p]["master"]`, from which it is rounded.
+    Parameters without a gradient are skipped (slices are cut as if they were not there), on all ranks alike; gradients
+    are left as they are. `GradScaler` is served without waiting for the device. A parameter's state is `step`,
+    `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16; loading keeps their dtypes and copies them.
+    Who changes such a parameter between steps (clamps it) must change `optimizer.state[p]["master"]`, from which it is
+    rounded.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit.
-        RuntimeError: a gradient is sparse, or `step()` is captured without `capturable`.
+        NotImplementedError: a DTensor is a partial sum, or ("shard", R) meets a placement other than Shard, Replicate.
+        RuntimeError: a gradient is sparse or on another mesh, or `step()` is captured without `capturable`.
 
     Source: You et al., arXiv 1904.00962.
     """
@@ -121,7 +128,7 @@ class FusedLAMB(Optimizer):
         states = [self._state_of(p, device) for p in params]
         grads: list[Any] = [p.grad for p in params]
         lamb_step: Callable = torch.ops.evakernels.lamb_step.default
-        if any(map(_is_distributed, params)):
+        if _any_distributed(params):
             from evakernels.ops.lamb import layout, sharded
 
             grads, lamb_step = list(map(layout.gradient, params)), sharded.lamb_step
@@ -184,7 +191,7 @@ class FusedLAMB(Optimizer):
                     del self.state[param][key]
                 elif isinstance(value, Tensor):
                     dtype = torch.float32 if key == "step" else wide if value.is_floating_point() else value.dtype
-                    if key != "step" and (_is_distributed(param) or _is_distributed(value)):
+                    if key != "step" and _any_distributed([param, value]):
                         from evakernels.ops.lamb import layout
 
                         value = layout.placed(param, value)
@@ -303,14 +310,14 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_param(param: Tensor) -> None:
     checks.floating("FusedLAMB", parameter=param)
-    if _is_distributed(param):
+    if _any_distributed([param]):
         from evakernels.ops.lamb import layout
 
         if why := layout.refusal(param):
             raise NotImplementedError(why)
 
 
-def _is_distributed(tensor: object) -> bool:
-    """Whether it is a DTensor; where nobody has imported them there are none."""
+def _any_distributed(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is a DTensor among them; where nobody has imported DTensor there is none."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
