@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -343,15 +342,3 @@ def test_parameters_on_two_devices_are_refused():
         p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="parameters with gradients are on cpu and on meta"):
         FusedLAMB(params).step()
-
-
-def test_sharded_parameters_are_refused():
-    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        p = torch.nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Replicate()]))
-        with pytest.raises(NotImplementedError, match="a parameter is a DTensor"):
-            FusedLAMB([p])
-    finally:
-        dist.destroy_process_group()

@@ -21,6 +21,10 @@ GLOBAL = ("max_grad_norm", "bias_correction", "trust", "capturable")
 class FusedLAMB(Optimizer):
     """LAMB with float32 moments and master weights, in as few passes over memory as the device allows.
 
+    Parameters may be DTensors (FSDP2's `fully_shard`, hybrid or replicated ones), also beside plain tensors that are the
+    same on every rank: norms and trust ratios are those of the whole tensors, by two packed all-reduces over the
+    dimensions that shard them. State then has the parameter's placement.
+
     EVA-CLIP's own optimizer file (NVIDIA's variant, also timm's): `max_grad_norm=1.0` and the defaults. DeepSpeed's,
     which trained the published weights: `bias_correction="step_size"`, `trust_ratio_bounds=(0.01, 10)`,
     `adapt_excluded=True`, `trust=("shard", R)` with R the number of data-parallel ranks.
@@ -39,17 +43,20 @@ class FusedLAMB(Optimizer):
         bias_correction: "update" corrects both moments; "step_size" multiplies the learning rate by
             sqrt(1 - beta2^t) / (1 - beta1^t), weight decay included; None corrects nothing.
         trust: one ratio per "parameter", per "group", or per slice: ("shard", R) flattens a group's parameters in
-            order, pads them with zeros to a multiple of R elements and cuts them into R slices.
+            order, pads them with zeros to a multiple of R elements and cuts them into R slices; R need not be the
+            number of today's ranks.
         capturable: `step()` may be captured in a CUDA graph; every lr must then be a tensor on the device.
 
-    Parameters without a gradient are skipped (slices are cut as if they were not there); gradients are left as they
-    are. `GradScaler` is served without waiting for the device. A parameter's state is `step`, `exp_avg`,
-    `exp_avg_sq`, and `master` where it is bfloat16 or float16; loading keeps their dtypes and copies them. Who changes
-    such a parameter between steps (clamps it) must change `optimizer.state[p]["master"]`, from which it is rounded.
+    Parameters without a gradient are skipped (slices are cut as if they were not there), on all ranks alike; gradients
+    are left as they are. `GradScaler` is served without waiting for the device. A parameter's state is `step`,
+    `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16; loading keeps their dtypes and copies them.
+    Who changes such a parameter between steps (clamps it) must change `optimizer.state[p]["master"]`, from which it is
+    rounded.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit.
-        RuntimeError: a gradient is sparse, or `step()` is captured without `capturable`.
+        NotImplementedError: a DTensor is a partial sum, or ("shard", R) meets a placement other than Shard, Replicate.
+        RuntimeError: a gradient is sparse or on another mesh, or `step()` is captured without `capturable`.
 
     Source: You et al., arXiv 1904.00962.
     """
@@ -119,11 +126,17 @@ class FusedLAMB(Optimizer):
         device = params[0].device
         self._check_capture(device, [group["lr"] for group, _ in groups])
         states = [self._state_of(p, device) for p in params]
+        grads: list[Any] = [p.grad for p in params]
+        lamb_step: Callable = torch.ops.evakernels.lamb_step.default
+        if _any_distributed(params):
+            from evakernels.ops.lamb import layout, sharded
+
+            grads, lamb_step = list(map(layout.gradient, params)), sharded.lamb_step
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         bounds = [group["trust_ratio_bounds"] or (0.0, math.inf) for group, _ in groups]
-        norm = torch.ops.evakernels.lamb_step.default(
+        norm = lamb_step(
             params,
-            [p.grad for p in params],
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["master"] for state in states if "master" in state],
@@ -178,6 +191,10 @@ class FusedLAMB(Optimizer):
                     del self.state[param][key]
                 elif isinstance(value, Tensor):
                     dtype = torch.float32 if key == "step" else wide if value.is_floating_point() else value.dtype
+                    if key != "step" and _any_distributed([param, value]):
+                        from evakernels.ops.lamb import layout
+
+                        value = layout.placed(param, value)
                     self.state[param][key] = value.detach().to(
                         param.device, dtype, copy=True, memory_format=torch.contiguous_format
                     )
@@ -207,8 +224,8 @@ class FusedLAMB(Optimizer):
         if "exp_avg" not in state:
             wide = checks.accumulator(param.dtype)
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros(param.shape, dtype=wide, device=device)
-            state["exp_avg_sq"] = torch.zeros(param.shape, dtype=wide, device=device)
+            for key in ("exp_avg", "exp_avg_sq"):  # of a DTensor: placed like it
+                state[key] = torch.zeros_like(param, dtype=wide, memory_format=torch.contiguous_format)
         if "master" not in state and param.dtype in (torch.bfloat16, torch.float16):
             state["master"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
         return state
@@ -293,9 +310,14 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_param(param: Tensor) -> None:
     checks.floating("FusedLAMB", parameter=param)
-    sharded = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
-    if sharded is not None and isinstance(param, sharded.DTensor):
-        raise NotImplementedError(
-            "FusedLAMB: a parameter is a DTensor, which this version does not step; allowed are plain tensors, so "
-            "build the optimizer before sharding, or keep the parameters replicated (DistributedDataParallel)"
-        )
+    if _any_distributed([param]):
+        from evakernels.ops.lamb import layout
+
+        if why := layout.refusal(param):
+            raise NotImplementedError(why)
+
+
+def _any_distributed(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is a DTensor among them; where nobody has imported DTensor there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
