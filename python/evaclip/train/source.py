@@ -84,12 +84,12 @@ def open_stages(recipe: Recipe, config: ClipConfig) -> Source:
         data = dataclasses.replace(stage.data, patch_drop=0.0, undropped_tail=0.0)
         frames = stage.frames if stage.kind == "video" else 0
         if (data, frames) not in opened:
-            opened[data, frames] = open_source(dataclasses.replace(recipe, data=data, phase=()), config, frames)
+            opened[data, frames] = open_source(dataclasses.replace(recipe, data=data, phase=()), config, frames=frames)
         sources.append(opened[data, frames])
     return sources[0] if len(opened) == 1 else Staged(sources, [stage.first for stage in recipe.stages()])
 
 
-def open_source(recipe: Recipe, config: ClipConfig, frames: int = 0) -> Source:
+def open_source(recipe: Recipe, config: ClipConfig, *, frames: int = 0) -> Source:
     """The data set a recipe names, for the image size and context of a model; videos of so many frames, or images.
 
     Raises:

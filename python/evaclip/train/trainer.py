@@ -130,9 +130,8 @@ class Trainer:
         if not drop:
             return None
         patches, keep = vision.patches, vision.tokens(drop) - 1
-        # The sample's (or frame's) index in the whole run: ids do not depend on micro-batches.
-        rows, first = batch * stage.frames, self.step * self.recipe.data.batch_size * stage.frames
-        return ek.sample_kept_tokens(rows, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
+        first = self.step * self.recipe.data.batch_size  # the sample's index in the whole run: whatever micro-batches
+        return ek.sample_kept_tokens(batch, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
 
     def _report(self, log: RunLog, metrics: dict, seconds: float) -> None:
         if "skipped" in metrics:
