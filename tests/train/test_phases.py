@@ -111,7 +111,7 @@ def test_each_step_gets_the_batch_of_its_phase(tmp_path):
     for trainer.step in range(6):
         ids = trainer._kept(16)
         kept.append(None if ids is None else tuple(ids.shape))
-    assert kept == [(16, 6), (16, 6), None, None, (16, 8, 6), (16, 8, 6)]
+    assert kept == [(16, 6), (16, 6), None, None, (16, 6), (16, 6)]
 
 
 def test_phases_of_one_data_set_share_it(tmp_path):

@@ -35,24 +35,24 @@ class CLIP(nn.Module):
         """
         return _maybe_normalized(self.visual(images, kept), normalize)
 
-    def encode_video(self, videos: Tensor, *, kept: Tensor | None = None, normalize: bool = False) -> Tensor:
-        """Features of videos: the mean of those of their frames.
+    def encode_video(self, frames: Tensor, *, kept: Tensor | None = None, normalize: bool = False) -> Tensor:
+        """Features of videos: the mean of those of their frames (arXiv 2402.04252).
 
         Args:
-            videos: (B, T, channels, height, width), frames normalised as images are.
-            kept: (B, T, K) patch ids of each frame, as for images.
+            frames: (B, T, channels, height, width), normalised as in CLIP.
+            kept: (B, K) patch ids, of all frames of a video.
             normalize: scale the mean to length 1, in float32.
 
         Returns:
-            (B, embed_dim), dtypes as those of images.
+            (B, embed_dim), as of `encode_image`.
 
         Raises:
             ValueError: as of `encode_image`.
-
-        Source: Sun et al., EVA-CLIP-18B, arXiv 2402.04252.
         """
-        frames = self.encode_image(videos.flatten(0, 1), kept=None if kept is None else kept.flatten(0, 1))
-        return _maybe_normalized(frames.unflatten(0, videos.shape[:2]).mean(1), normalize)
+        batch, count = frames.shape[:2]
+        kept = kept if kept is None else kept.repeat_interleave(count, 0)
+        features = self.encode_image(frames.flatten(0, 1), kept=kept)
+        return _maybe_normalized(features.view(batch, count, -1).mean(1), normalize)
 
     def encode_text(self, ids: Tensor, *, normalize: bool = False) -> Tensor:
         """Features of captions.
@@ -72,9 +72,9 @@ class CLIP(nn.Module):
     def forward(self, images: Tensor, ids: Tensor, *, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised image features, normalised text features (B, embed_dim), and the scale of their logits ().
 
-        Images with a dimension of frames behind that of the batch are videos.
+        Images with five dimensions are videos, as in `encode_video`.
         """
-        encode = self.encode_video if images.dim() == 5 else self.encode_image
+        encode = self.encode_video if images.ndim == 5 else self.encode_image
         image_features = encode(images, kept=kept, normalize=True)
         return image_features, self.encode_text(ids, normalize=True), self.logit_scale.exp()
 

@@ -141,13 +141,9 @@ class Trainer:
         if not drop:
             return None
         patches, keep = vision.patches, vision.tokens(drop) - 1
-        # The index of the sample (or its frames) in the whole run: ids do not depend on micro-batches or processes.
-        size, frames = self.recipe.data.batch_size, stage.frames
-        first = (self.step * size + self.ranks.share(size).start) * frames
-        kept = ek.sample_kept_tokens(
-            batch * frames, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device
-        )
-        return kept.unflatten(0, (batch, frames)) if stage.kind == "video" else kept
+        # The sample's index in the whole run: ids do not depend on micro-batches or on how many processes there are.
+        first = self.step * self.recipe.data.batch_size + self.ranks.share(self.recipe.data.batch_size).start
+        return ek.sample_kept_tokens(batch, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's share of the step's batch; where any process cannot read its own, all raise DataError."""
