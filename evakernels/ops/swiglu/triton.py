@@ -193,9 +193,15 @@ def _launch_forward(gate, up, weight, bias, y, mean, rstd, eps: float, width: in
     tile = tiles.element_tiles(rows, padded) if weight is None else tiles.forward_tiles(rows, padded)
     weight, bias = tiles.contiguous(weight, bias)
     jit.launch(
-        *(_forward, tile.grid, gate, up, weight, bias, y, mean, rstd, rows, *pitches, eps),
-        **{"warps": tile.warps, "UNIT": unit, "WIDTH": width, "PADDED": padded, "ROWS": tile.rows},
-        **{"COLUMNS": tile.columns},
+        _forward,
+        tile.grid,
+        *(gate, up, weight, bias, y, mean, rstd, rows, *pitches, eps),
+        warps=tile.warps,
+        UNIT=unit,
+        WIDTH=width,
+        PADDED=padded,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
     )
 
 
@@ -207,7 +213,6 @@ def _launch_backward(dy, gate, up, weight, mean, rstd, dgate, dup, dweight, dbia
             gradient.zero_()
         return
     unit, pitches = _pitches(dy, gate, up)
-    shape = {"UNIT": unit, "WIDTH": width, "PADDED": padded}
     weight, mean, rstd = tiles.contiguous(weight, mean, rstd)
     means = partial = None
     if weight is None:
@@ -222,13 +227,28 @@ def _launch_backward(dy, gate, up, weight, mean, rstd, dgate, dup, dweight, dbia
         if tile.grid[1] > 1:
             means = rstd.new_empty(rows, 2)
             jit.launch(
-                *(_row_means, (rows,), dy, gate, up, weight, mean, rstd, means, rows, *pitches),
-                **{"warps": tile.warps, **shape, "COLUMNS": tile.columns},
+                _row_means,
+                (rows,),
+                *(dy, gate, up, weight, mean, rstd, means, rows, *pitches),
+                warps=tile.warps,
+                UNIT=unit,
+                WIDTH=width,
+                PADDED=padded,
+                COLUMNS=tile.columns,
             )
     jit.launch(
-        *(_backward, tile.grid, dy, gate, up, weight, mean, rstd, means, dgate, dup, partial, rows, *pitches),
-        **{"warps": tile.warps, "BIAS": dbias.numel() > 0, **shape, "PITCH": dgate.stride(0)},
-        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages},
+        _backward,
+        tile.grid,
+        *(dy, gate, up, weight, mean, rstd, means, dgate, dup, partial, rows, *pitches),
+        warps=tile.warps,
+        BIAS=dbias.numel() > 0,
+        UNIT=unit,
+        WIDTH=width,
+        PADDED=padded,
+        PITCH=dgate.stride(0),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STAGES=tile.stages,
     )
     if partial is not None:
         tiles.add_up(partial, *gradients)
