@@ -20,9 +20,10 @@ SUMMED = 4096  # columns of a row whose two sums the registers of 16 warps hold 
 
 def refuses(op: str, *args) -> str | None:
     """Why the kernels cannot serve this call: the device, a dtype, or the row length."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    weight = args[{"swiglu": 2, "swiglu_backward": 3, "swiglu_packed": 1, "swiglu_packed_backward": 2}[op]]
-    return jit.refusal(*tensors) or (tiles.refusal(weight.shape[0]) if weight is not None else None)
+    first, weight = {"swiglu": (0, 2), "swiglu_packed": (0, 1)}.get(op, (1, 3 if op == "swiglu_backward" else 2))
+    padded = args[first].shape[-1] // (2 if "packed" in op else 1)
+    tensors = (a for a in args if isinstance(a, Tensor))
+    return jit.refusal(*tensors) or (None if args[weight] is None else tiles.refusal(padded))
 
 
 @triton.jit
