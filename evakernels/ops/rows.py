@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evakernels import jit
+from evakernels import jit, native
 
 LONGEST = 16384  # columns of a row that registers hold: 16 for each of 1024 threads
 
@@ -139,14 +139,26 @@ def _add_up(
         tl.store(third_ptr + columns, result, inside)
 
 
+def sum_tiles(sums: int, width: int, multiprocessors: int) -> Tiles:
+    """Tiles of the partial sums: 32 columns, a line of the cache, or more where there is work for all without."""
+    columns = min(256, max(32, power_of_2(width * sums // multiprocessors + 1) // 2))
+    return Tiles(4096 // columns, columns, 4, (triton.cdiv(width, columns), sums))
+
+
 def add_up(partial: Tensor, *gradients: Tensor) -> None:
     """Write the sums over the first dimension of `partial`, (programs, gradients, width), each in its own dtype."""
     programs, sums, width = partial.shape
     first, second, third = (*gradients, None, None)[:3]
-    # 32 columns are a line of the cache, and 128 partial rows of it under way at a time.
+    tile = sum_tiles(sums, width, native.multiprocessors(partial.device))
     jit.launch(
-        *(_add_up, (triton.cdiv(width, 32), sums), partial, first, second, third, programs),
-        **{"WIDTH": width, "SUMS": sums, "ROWS": 128, "COLUMNS": 32},
+        _add_up,
+        tile.grid,
+        *(partial, first, second, third, programs),
+        warps=tile.warps,
+        WIDTH=width,
+        SUMS=sums,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
     )
 
 

@@ -216,9 +216,15 @@ def _launch_forward(kind, x, residual, weight, bias, layer_scale, row_scale, y, 
     (rows, rows_per_sample), width = _sizes(x), x.shape[-1]
     tile = tiles.forward_tiles(rows, width)
     jit.launch(
-        *(_forward, tile.grid, *tiles.contiguous(x, residual, weight, bias, layer_scale, row_scale), y, total),
-        *(mean if mean.numel() else None, rstd, rows, rows_per_sample, eps),
-        **{"warps": tile.warps, "KIND": kind, "WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns},
+        _forward,
+        tile.grid,
+        *tiles.contiguous(x, residual, weight, bias, layer_scale, row_scale),
+        *(y, total, mean if mean.numel() else None, rstd, rows, rows_per_sample, eps),
+        warps=tile.warps,
+        KIND=kind,
+        WIDTH=width,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
     )
 
 
@@ -243,14 +249,27 @@ def _launch_backward(
     if tile.grid[1] > 1:
         means = rstd.new_empty(rows, 2)
         jit.launch(
-            *(_row_means, (rows,), dy, x, weight, layer_scale, row_scale, mean, rstd, means, rows, rows_per_sample),
-            **{"warps": tile.warps, "KIND": kind, "WIDTH": width, "COLUMNS": tile.columns},
+            _row_means,
+            (rows,),
+            *(dy, x, weight, layer_scale, row_scale, mean, rstd, means, rows, rows_per_sample),
+            warps=tile.warps,
+            KIND=kind,
+            WIDTH=width,
+            COLUMNS=tile.columns,
         )
     partial = rstd.new_empty(tile.grid[0], len(gradients), width)
     jit.launch(
-        *(_backward, tile.grid, dy, dsum, x, branch, weight, bias, layer_scale, row_scale, mean, rstd, means),
+        _backward,
+        tile.grid,
+        *(dy, dsum, x, branch, weight, bias, layer_scale, row_scale, mean, rstd, means),
         *(dx, dbranch, partial, rows, rows_per_sample),
-        **{"warps": tile.warps, "KIND": kind, "BIAS": dbias.numel() > 0, "SUMS": len(gradients), "WIDTH": width},
-        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages},
+        warps=tile.warps,
+        KIND=kind,
+        BIAS=dbias.numel() > 0,
+        SUMS=len(gradients),
+        WIDTH=width,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STAGES=tile.stages,
     )
     tiles.add_up(partial, *gradients)

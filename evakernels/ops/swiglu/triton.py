@@ -20,9 +20,10 @@ SUMMED = 4096  # columns of a row whose two sums the registers of 16 warps hold 
 
 def refuses(op: str, *args) -> str | None:
     """Why the kernels cannot serve this call: the device, a dtype, or the row length."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    weight = args[{"swiglu": 2, "swiglu_backward": 3, "swiglu_packed": 1, "swiglu_packed_backward": 2}[op]]
-    return jit.refusal(*tensors) or (tiles.refusal(weight.shape[0]) if weight is not None else None)
+    first, weight = {"swiglu": (0, 2), "swiglu_packed": (0, 1)}.get(op, (1, 3 if op == "swiglu_backward" else 2))
+    padded = args[first].shape[-1] // (2 if "packed" in op else 1)
+    tensors = (a for a in args if isinstance(a, Tensor))
+    return jit.refusal(*tensors) or (None if args[weight] is None else tiles.refusal(padded))
 
 
 @triton.jit
@@ -193,9 +194,15 @@ def _launch_forward(gate, up, weight, bias, y, mean, rstd, eps: float, width: in
     tile = tiles.element_tiles(rows, padded) if weight is None else tiles.forward_tiles(rows, padded)
     weight, bias = tiles.contiguous(weight, bias)
     jit.launch(
-        *(_forward, tile.grid, gate, up, weight, bias, y, mean, rstd, rows, *pitches, eps),
-        **{"warps": tile.warps, "UNIT": unit, "WIDTH": width, "PADDED": padded, "ROWS": tile.rows},
-        **{"COLUMNS": tile.columns},
+        _forward,
+        tile.grid,
+        *(gate, up, weight, bias, y, mean, rstd, rows, *pitches, eps),
+        warps=tile.warps,
+        UNIT=unit,
+        WIDTH=width,
+        PADDED=padded,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
     )
 
 
@@ -207,7 +214,6 @@ def _launch_backward(dy, gate, up, weight, mean, rstd, dgate, dup, dweight, dbia
             gradient.zero_()
         return
     unit, pitches = _pitches(dy, gate, up)
-    shape = {"UNIT": unit, "WIDTH": width, "PADDED": padded}
     weight, mean, rstd = tiles.contiguous(weight, mean, rstd)
     means = partial = None
     if weight is None:
@@ -222,13 +228,28 @@ def _launch_backward(dy, gate, up, weight, mean, rstd, dgate, dup, dweight, dbia
         if tile.grid[1] > 1:
             means = rstd.new_empty(rows, 2)
             jit.launch(
-                *(_row_means, (rows,), dy, gate, up, weight, mean, rstd, means, rows, *pitches),
-                **{"warps": tile.warps, **shape, "COLUMNS": tile.columns},
+                _row_means,
+                (rows,),
+                *(dy, gate, up, weight, mean, rstd, means, rows, *pitches),
+                warps=tile.warps,
+                UNIT=unit,
+                WIDTH=width,
+                PADDED=padded,
+                COLUMNS=tile.columns,
             )
     jit.launch(
-        *(_backward, tile.grid, dy, gate, up, weight, mean, rstd, means, dgate, dup, partial, rows, *pitches),
-        **{"warps": tile.warps, "BIAS": dbias.numel() > 0, **shape, "PITCH": dgate.stride(0)},
-        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages},
+        _backward,
+        tile.grid,
+        *(dy, gate, up, weight, mean, rstd, means, dgate, dup, partial, rows, *pitches),
+        warps=tile.warps,
+        BIAS=dbias.numel() > 0,
+        UNIT=unit,
+        WIDTH=width,
+        PADDED=padded,
+        PITCH=dgate.stride(0),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STAGES=tile.stages,
     )
     if partial is not None:
         tiles.add_up(partial, *gradients)
