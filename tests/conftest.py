@@ -50,11 +50,29 @@ def kernels(request):
         yield torch.device("cpu" if request.param == "emulated" else "cuda")
 
 
+@pytest.fixture
+def bfloat16_rounds_as_on_a_gpu(monkeypatch):
+    """To nearest even: Triton's interpreter cuts float32 off, or rounds up without a carry into the exponent."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(data, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
+        return convert(data, source, target, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_kernels(request):
     """The device of the Triton kernels, which answer for every call: interpreted on the CPU, or a GPU."""
     jit = pytest.importorskip("evakernels.jit", reason="triton is not installed")
-    if request.param == "interpreted" and not jit.INTERPRETED:
-        pytest.skip("Triton compiles here: TRITON_INTERPRET is not 1")
+    if request.param == "interpreted":
+        if not jit.INTERPRETED:
+            pytest.skip("Triton compiles here: TRITON_INTERPRET is not 1")
+        request.getfixturevalue("bfloat16_rounds_as_on_a_gpu")
     with ek.using("triton"):
         yield torch.device("cpu" if request.param == "interpreted" else "cuda")
