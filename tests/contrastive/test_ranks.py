@@ -1,12 +1,14 @@
 """The losses of a batch that many processes share: exact after averaging, whatever each of them has."""
 
+import itertools
+
 import distributed
 import pytest
 import torch
 import torch.nn.functional as F
 from contrastive import simulated, workers
 
-from benchmarks.simulated import OneOfMany
+from benchmarks.simulated import OneOfMany, one_of
 from evakernels.ops.contrastive import ranks, reference, streamed
 from evakernels.ops.contrastive.ranks import Grid
 
@@ -190,3 +192,39 @@ def computed(function, name, events):
         return function(*args)
 
     return wrapped
+
+
+def peak(function):
+    """The most bytes that tensors made inside hold at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(n for _, n in changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("b", "ranks", "width"), [(1024, 4, 64), (512, 16, 128), (2048, 1, 64)])
+def test_peak_memory_is_that_of_the_formula(b, ranks, width, dtype, monkeypatch):
+    """The formula of docs/contrastive.md."""
+    monkeypatch.setattr(reference, "TILE", 256)
+    image, text = torch.randn(2, b, width).to(dtype) / 8
+    scalars = torch.tensor([10.0, -5.0])
+    lay = streamed.laid_out(one_of(ranks), [b] * ranks, b, image)
+    wants = True, True
+    batch, chunk, tile, several = b * ranks, 256, 256, ranks > 1
+    gradients = 2 * 4 * b * width + several * 2 * 4 * ranks * chunk * width
+    tiles, widened = 4 * tile**2, 5 * 4 * tile * width
+    statistics = 8 * 4 * (batch + b)
+    texts, two_chunks = (several * dtype.itemsize * n * width for n in (batch, 2 * ranks * chunk))
+    for bound, function in (
+        (
+            texts + gradients + 2 * tiles + widened + statistics,
+            lambda: streamed.contrastive(reference, image, text, scalars[0], 0.0, lay, wants),
+        ),
+        (
+            two_chunks + gradients + 3 * tiles + widened,
+            lambda: streamed.sigmoid(reference, image, text, *scalars, lay, wants),
+        ),
+    ):
+        assert 0.75 * bound <= peak(function) <= bound

@@ -94,7 +94,7 @@ def positives(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     sides = (Side(x, (streamed.Segment(0, len(x), 0),)) for x in (image, text))
     pairs = zip(*(blocks(side) for side in sides), strict=True)
     found = [
-        torch.mm(image[rows].to(scale.dtype) * scale, text[columns].to(scale.dtype).t()).diagonal()
+        torch.mm(image[rows].to(scale.dtype) * scale, text[columns].to(scale.dtype).t()).diagonal().clone()
         for (rows, _), (columns, _) in pairs
     ]
     return torch.cat([scale.new_empty(0), *found])

@@ -392,12 +392,19 @@ def backpropagated(lay, rows, columns, image, text, scale, wants, gradients) -> 
     if home:
         home.arrive()
     dimage = scale.new_empty(0) if dimage is None else own_rows(lay, dimage)
-    features, gradient = (image, dimage) if wants_image else (text, dtext)
-    dscale = (features.to(scale.dtype) * gradient).sum() if wants_image or wants_text else scale.new_zeros(())
+    dscale = scale.new_zeros(())
+    if wants_image or wants_text:
+        dscale = product(*((image, dimage) if wants_image else (text, dtext)), columns.chunk)
     if CHECK_SCALE and wants_image and wants_text:
-        check_scale(lay, dscale, (text.to(scale.dtype) * dtext).sum(), image, dimage)
+        check_scale(lay, dscale, product(text, dtext, columns.chunk), image, dimage)
     scale = scale * lay.everyone.size
     return dimage.mul_(scale), dtext.mul_(scale), dscale.mul_(lay.everyone.size)
+
+
+def product(features: Tensor, gradient: Tensor, rows: int) -> Tensor:
+    """<features, gradient>, so many rows at a time: what is made on the way is no larger than a chunk."""
+    parts = zip(features.split(rows), gradient.split(rows), strict=True)
+    return torch.stack([(x.to(dx.dtype) * dx).sum() for x, dx in parts]).sum()
 
 
 def own_rows(lay: Layout, dimage: Tensor) -> Tensor:
