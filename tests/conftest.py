@@ -1,6 +1,7 @@
 """What every test shares: the `gpu` mark, the kernels, and a torchvision that imports beside a CPU torch."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def compiling() -> None:
+    """Skips a test where Triton interprets; `where_triton_compiles` runs it all the same."""
+    jit = pytest.importorskip("evakernels.jit", reason="triton is not installed")
+    if jit.INTERPRETED:
+        pytest.skip("Triton interprets here")
+
+
+@pytest.fixture
+def where_triton_compiles(request) -> subprocess.CompletedProcess:
+    """The asking test's file, run by pytest in a process in which Triton compiles; skipped where it does here."""
+    jit = pytest.importorskip("evakernels.jit", reason="triton is not installed")
+    if not jit.INTERPRETED:
+        pytest.skip("Triton compiles here")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(request.path)]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")

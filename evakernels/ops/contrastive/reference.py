@@ -51,8 +51,9 @@ def sigmoid_with_gradients(image, text, scale, bias, group, sizes, wants_image, 
 
 
 def chunk(rows: int, ranks: int, features: Tensor) -> int:
-    """How many texts of each rank to gather at once: a tile's, so that own pairs are in tiles on the diagonal."""
-    return TILE
+    """How many texts of each rank to gather at once: a tile's, so that own pairs are in tiles on the diagonal. All of
+    them where nothing is gathered."""
+    return TILE if ranks > 1 else max(1, len(features))
 
 
 class Tile(NamedTuple):
@@ -79,13 +80,14 @@ def blocks(side: Side) -> list[tuple[slice, int]]:
 def tiles(rows: Side, columns: Side, scale: Tensor) -> Iterator[Tile]:
     """Every tile of a block of the logits: the same in both passes, bit for bit."""
     logits = scratch = scale.new_empty(0)
-    for j, (column, first_column) in enumerate(blocks(columns)):
-        text = columns.features[column].to(scale.dtype)
-        for i, (row, first_row) in enumerate(blocks(rows)):
-            image = rows.features[row].to(scale.dtype)
+    for i, (row, first_row) in enumerate(blocks(rows)):
+        image = rows.features[row].to(scale.dtype)
+        scaled = image * scale
+        for j, (column, first_column) in enumerate(blocks(columns)):
+            text = columns.features[column].to(scale.dtype)
             if logits.shape != (len(image), len(text)):
                 logits, scratch = (scale.new_empty(len(image), len(text)) for _ in range(2))
-            torch.mm(image * scale, text.t(), out=logits)
+            torch.mm(scaled, text.t(), out=logits)
             yield Tile(i, j, row, column, image, text, logits, scratch, first_column - first_row)
 
 

@@ -30,6 +30,8 @@ from evakernels.ops.contrastive.ranks import Grid, Line, Wait, grid
 # Whether to compute the gradient of the scale from the texts too, and raise where the two differ: for tests.
 CHECK_SCALE = False
 
+PRODUCT = 2048  # rows of features that are multiplied by their gradients at once
+
 
 class Segment(NamedTuple):
     """Consecutive samples of one rank."""
@@ -394,16 +396,16 @@ def backpropagated(lay, rows, columns, image, text, scale, wants, gradients) -> 
     dimage = scale.new_empty(0) if dimage is None else own_rows(lay, dimage)
     dscale = scale.new_zeros(())
     if wants_image or wants_text:
-        dscale = product(*((image, dimage) if wants_image else (text, dtext)), columns.chunk)
+        dscale = product(*((image, dimage) if wants_image else (text, dtext)))
     if CHECK_SCALE and wants_image and wants_text:
-        check_scale(lay, dscale, product(text, dtext, columns.chunk), image, dimage)
+        check_scale(lay, dscale, product(text, dtext), image, dimage)
     scale = scale * lay.everyone.size
     return dimage.mul_(scale), dtext.mul_(scale), dscale.mul_(lay.everyone.size)
 
 
-def product(features: Tensor, gradient: Tensor, rows: int) -> Tensor:
-    """<features, gradient>, so many rows at a time: what is made on the way is no larger than a chunk."""
-    parts = zip(features.split(rows), gradient.split(rows), strict=True)
+def product(features: Tensor, gradient: Tensor) -> Tensor:
+    """<features, gradient>, some rows at a time: what is made on the way stays small."""
+    parts = zip(features.split(PRODUCT), gradient.split(PRODUCT), strict=True)
     return torch.stack([(x.to(dx.dtype) * dx).sum() for x, dx in parts]).sum()
 
 

@@ -117,6 +117,10 @@ class Compute:
     """Recompute each block in the backward pass instead of keeping its activations."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
+    parallel: Literal["ddp", "fsdp", "fsdp2"] = "ddp"
+    """Of several processes: the whole model in each; sharded (ZeRO-3); sharded, but whole until backward (ZeRO-2)."""
+    timeout: float = 10.0
+    """Minutes that a process waits for the others before the run ends with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +181,7 @@ class Recipe:
             ),
             (0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", self.loss.label_smoothing, "in [0, 1)"),
             (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
+            (compute.timeout > 0, "compute.timeout", compute.timeout, "above 0"),
             (0 <= run.seed < 2**63, "run.seed", run.seed, "0 to 2^63 - 1"),
             (fixed is None or fixed > 0, "loss.fixed_logit_scale", fixed, "above 0"),
             (self.loss.max_logit_scale >= 1, "loss.max_logit_scale", self.loss.max_logit_scale, "at least 1"),
