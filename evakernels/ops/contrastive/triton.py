@@ -37,7 +37,7 @@ HALF_SCALE = 2.0**14
 
 
 class Config(NamedTuple):
-    rows: int  # of a tile of S; at most as many as columns
+    rows: int  # of a tile of S
     columns: int
     k: int  # how much of the features' width is multiplied at a time
     warps: int
@@ -103,7 +103,7 @@ def narrowed(gradient: Tensor, width: int) -> Tensor:
 def positives(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """(b,): the diagonal of S, bit for bit as the tiles have it."""
     out, tile = scale.new_empty(len(image)), config(image.element_size())
-    grid = (triton.cdiv(len(image), tile.rows),)
+    grid = (triton.cdiv(len(image), min(tile.rows, tile.columns)),)
     jit.launch(kernels.positives, grid, image, text, scale, out, len(image), **_options(tile, image))
     return out
 

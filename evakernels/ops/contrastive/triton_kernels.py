@@ -51,19 +51,11 @@ def positives(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out[i] = S_ii, out of a whole tile, as the other kernels compute it."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * ROWS + tl.arange(0, COLUMNS)
+    STEP: tl.constexpr = min(ROWS, COLUMNS)
+    row, column = tl.program_id(0) * STEP + tl.arange(0, ROWS), tl.program_id(0) * STEP + tl.arange(0, COLUMNS)
     logits = _logits(image_ptr, text_ptr, scale_ptr, row, column, rows, rows, WIDTH, ROWS, COLUMNS, K)
-    tl.store(out_ptr + row, tl.sum(tl.where(row[:, None] == column[None, :], logits, 0), 1), row < rows)
-
-
-@triton.jit
-def _quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of a tile, a quarter at a time: what is computed from one dies before the next is begun."""
-    a, b = _halves(x, ROWS, COLUMNS)
-    c, d = _halves(a, ROWS, COLUMNS // 2)
-    e, f = _halves(b, ROWS, COLUMNS // 2)
-    return c, d, e, f
+    diagonal = tl.sum(tl.where(row[:, None] == column[None, :], logits, 0), 1)
+    tl.store(out_ptr + row, diagonal, (tl.arange(0, ROWS) < STEP) & (row < rows))
 
 
 @triton.jit
@@ -74,6 +66,15 @@ def _zeros(LENGTH: tl.constexpr):
 @triton.jit
 def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of a tile, a quarter at a time: what is computed from one dies before the next is begun."""
+    a, b = _halves(x, ROWS, COLUMNS)
+    c, d = _halves(a, ROWS, COLUMNS // 2)
+    e, f = _halves(b, ROWS, COLUMNS // 2)
+    return c, d, e, f
 
 
 @jit.kernel
