@@ -5,9 +5,8 @@ import itertools
 import numerics
 import pytest
 import torch
-import torch.nn.functional as F
+from contrastive.peers import Largest, dense, pairs, run
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import evakernels as ek
 from evakernels.ops.contrastive import reference
@@ -16,41 +15,8 @@ OPS = torch.ops.evakernels
 ALONE = "", None  # the group and the sizes of one process
 
 
-def pairs(b, width=24, dtype=torch.float64, seed=0, kind="random", grad=True):
-    """Unit rows: random ones; `collinear`, all within 1e-2 of one direction; `separated`, pairs almost equal."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    image, text = draw(b, width), draw(b, width)
-    if kind == "collinear":
-        image, text = draw(1, width) + 1e-2 * torch.stack((image, text))
-    if kind == "separated":
-        text = image + 0.1 * text
-    return [F.normalize(x, dim=-1).to(dtype).requires_grad_(grad) for x in (image, text)]
-
-
-def dense(image, text, scale, smoothing=0.0, mask=None):
-    """The field's formula, on the samples that the mask keeps."""
-    if mask is not None:
-        image, text = image[mask], text[mask]
-    logits = scale * image @ text.t()
-    own = torch.arange(len(image))
-    loss = sum(F.cross_entropy(x, own, label_smoothing=smoothing) for x in (logits, logits.t())) / 2
-    return loss, *((logits.argmax(dim) == own).to(loss.dtype).mean() for dim in (1, 0))
-
-
 def streamed(image, text, scale, smoothing=0.0, mask=None):
     return ek.contrastive_loss(image, text, scale, label_smoothing=smoothing, row_mask=mask)
-
-
-def run(function, dtype, image, text, scale, *args, dloss=1.0):
-    image, text = (x.detach().to(dtype).requires_grad_() for x in (image, text))
-    scale = torch.tensor(scale, dtype=dtype if dtype == torch.float64 else torch.float32, requires_grad=True)
-    loss, *accuracies = function(image, text, scale, *args)
-    (loss * dloss).backward()
-    return [loss.detach(), scale.grad, image.grad, text.grad, *accuracies]
 
 
 @pytest.fixture(params=[20, 4096], ids=lambda t: f"tile{t}")
@@ -176,19 +142,6 @@ def test_accuracies_take_no_gradient(tile):
     loss, *accuracies = streamed(*pairs(40), 20.0)
     assert loss.requires_grad and not any(a.requires_grad for a in accuracies)
     assert all(a.dtype == loss.dtype and a.shape == loss.shape == () for a in accuracies)
-
-
-class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that any operator returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 @pytest.mark.parametrize(("function", "b"), [("contrastive", 8192), ("contrastive", 1024), ("sigmoid", 8192)])

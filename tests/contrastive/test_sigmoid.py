@@ -3,7 +3,9 @@
 import numerics
 import pytest
 import torch
-import torch.nn.functional as F
+from contrastive.peers import agreeing_pairs as pairs
+from contrastive.peers import dense_sigmoid as dense
+from contrastive.peers import run_sigmoid as run
 from torch.library import opcheck
 
 import evakernels as ek
@@ -11,28 +13,6 @@ from evakernels.ops.contrastive import reference
 
 OPS = torch.ops.evakernels
 ALONE = "", None  # the group and the sizes of one process
-
-
-def pairs(b, width=24, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(2, b, width, generator=generator, dtype=torch.float64)
-    features[1] += features[0]
-    return [F.normalize(x, dim=-1).to(dtype).requires_grad_() for x in features]
-
-
-def dense(image, text, scale, bias):
-    """The field's formula."""
-    logits = scale * image @ text.t() + bias
-    labels = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum() / len(image)
-
-
-def run(function, dtype, image, text, *scalars):
-    accumulated = dtype if dtype == torch.float64 else torch.float32
-    inputs = [x.detach().to(dtype).requires_grad_() for x in (image, text)]
-    inputs += [torch.tensor(x, dtype=accumulated, requires_grad=True) for x in scalars]
-    loss = function(*inputs)
-    return [loss.detach(), *torch.autograd.grad(loss * 3, inputs)]
 
 
 @pytest.fixture(params=[20, 4096], ids=lambda t: f"tile{t}")

@@ -52,8 +52,14 @@ class Side(NamedTuple):
 
     def places(self) -> Tensor:
         """(n,) int32: where in the whole batch each sample is."""
-        places = [torch.arange(s.first, s.first + s.length, dtype=torch.int32) for s in self.segments]
-        return torch.cat(places).to(self.features.device, non_blocking=True)
+        parts, device = self.segments, self.features.device
+        step = parts[1].first - parts[0].first if len(parts) > 1 else 0
+        if all(s.length == parts[0].length and s.first == parts[0].first + k * step for k, s in enumerate(parts)):
+            # As it mostly is; computed where it is needed, it spares the host a copy that may wait.
+            first = torch.arange(len(parts), dtype=torch.int32, device=device).mul_(step).add_(parts[0].first)
+            return (first[:, None] + torch.arange(parts[0].length, dtype=torch.int32, device=device)).flatten()
+        places = [torch.arange(s.first, s.first + s.length, dtype=torch.int32) for s in parts]
+        return torch.cat(places).to(device, non_blocking=True)
 
 
 class Statistics(NamedTuple):
