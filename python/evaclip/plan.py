@@ -133,9 +133,9 @@ def estimate(job: Job, way: Way) -> Estimate:
     traffic = saved * (PASSES + 2 * (forwards - 3)) + 2 * state
     computing = products / (job.rate / ranks * EFFICIENCY)
     moving = traffic / (gpu.bandwidth * TRAFFIC)
-    weights, reduced = job.held.weights * step.widths.activation / step.widths.weight, job.held.gradients
-    if step.gathered:
-        reduced = reduced * 4 // step.widths.weight  # sums in float32
+    weights, reduced = float(job.held.weights), float(job.held.gradients)
+    if step.gathered:  # in the dtype that is computed with; sums in float32
+        weights, reduced = (n / step.widths.weight for n in (weights * step.widths.activation, reduced * 4))
     gathers = {"ddp": 0, "zero1": 1, "zero2": 1, "zero3": 2 * way.micro_batches + (way.micro_batches > 1)}[way.sharding]
     scatters = 2 if way.sharding == "ddp" else 1
     features = 2 * 4 * job.batch * config.embed_dim
