@@ -3,8 +3,10 @@
 import math
 
 import guards
+import numerics
 import pytest
 import torch
+import torch.nn.functional as F
 from norm import peers
 from norm.peers import FUNCTIONS, MIXED, PAIRS, arguments, assert_exact, results
 from norm.test_norm import pass_opcheck
@@ -15,7 +17,8 @@ import evakernels as ek
 rows = pytest.importorskip("evakernels.ops.rows", reason="triton is not installed")
 jit = pytest.importorskip("evakernels.jit")
 
-FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+OPS = torch.ops.evakernels
+FLOAT, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def test_a_branch_may_be_wider_than_the_residual(triton_kernels):
     ],
 )
 def test_long_rows(name, width, scales, triton_kernels):
-    assert_exact(name, arguments((3, 1, width), FLOAT, BF16, triton_kernels, scales))
+    assert_exact(name, arguments((3, 1, width), FLOAT, FLOAT, triton_kernels, scales))
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 512, 513, 1024, 1025])
@@ -77,12 +80,28 @@ def test_many_rows_repeat_bit_for_bit(name, triton_kernels):
     assert_exact(name, a)
 
 
+def test_statistics_are_those_of_what_is_normalised(triton_kernels):
+    """With an eps that counts; add_norm normalises its sum as it is stored."""
+    a = arguments((2, 3, 170), BF16, BF16, triton_kernels, scales=False, weights=FLOAT)
+    residual, branch, weight, bias = (a[name].detach() for name in ("residual", "branch", "weight", "bias"))
+    total, y, mean, rstd = OPS.add_norm(residual, branch, weight, bias, 0.1, False, None, None, FLOAT)
+    var, expected = torch.var_mean(total.double(), -1, correction=0)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rstd.double(), (var + 0.1).rsqrt(), rtol=1e-6, atol=0)
+    peer, oracle = (F.layer_norm(total.to(d), (170,), weight.to(d), bias.to(d), 0.1) for d in (FLOAT, torch.float64))
+    numerics.assert_as_exact_as(y, peer, oracle, numerics.OUTPUTS, "y")
+    _, mean, rstd = OPS.norm(total, weight, None, 0.1, True, FLOAT)
+    expected = (total.double().square().mean(-1) + 0.1).rsqrt()
+    torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
+    assert mean.shape == (0,)
+
+
 def test_any_strides_are_served(triton_kernels):
     peers.assert_any_strides_are_served(triton_kernels)
 
 
-def test_what_is_summed_is_rounded_once(triton_kernels):
-    """A branch wider than the residual is added unrounded, which the compiled kernels refuse."""
+def test_a_branch_is_added_unrounded(triton_kernels):
+    """A float32 branch does not take autocast's dtype before it is added; the compiled kernels refuse it."""
     x, branch = torch.ones(1, 8, device=triton_kernels), torch.full((1, 8), 2**-9, device=triton_kernels)
     weight = torch.ones(8, device=triton_kernels)
     with torch.autocast(triton_kernels.type, BF16):
