@@ -22,6 +22,13 @@ def widths(head_dim):
     return tuple(16 << bit for bit in (3, 2, 1, 0) if units >> bit & 1)
 
 
+@triton.constexpr_function
+def firsts(head_dim):
+    """The first channel of each of them."""
+    units = -(-head_dim // 16)
+    return tuple(16 * (units >> bit + 1 << bit + 1) for bit in (3, 2, 1, 0) if units >> bit & 1)
+
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -61,23 +68,22 @@ def _contiguous(pointer, sample, head, first, tokens, heads, R: tl.constexpr, D:
 
 
 @triton.jit
-def _mask(valid, column, END: tl.constexpr, PARTIAL: tl.constexpr, EDGE: tl.constexpr):
-    if EDGE and PARTIAL:
-        return valid[:, None] & (column < END)[None, :]
-    elif PARTIAL:
-        return (column < END)[None, :]
-    elif EDGE:
-        return valid[:, None]
-    else:
-        return None
+def _inside(valid, column, END: tl.constexpr, PARTIAL: tl.constexpr):
+    mask = valid[:, None]
+    if PARTIAL:
+        mask = mask & (column < END)[None, :]
+    return mask
 
 
 @triton.jit
-def _read(at, mask):
-    if mask is None:
-        return tl.load(at)
+def _read(rows, valid, column, END: tl.constexpr, PARTIAL: tl.constexpr, EDGE: tl.constexpr):
+    at = rows + column[None, :]
+    if EDGE:
+        return tl.load(at, mask=_inside(valid, column, END, PARTIAL), other=0.0)
+    elif PARTIAL:
+        return tl.load(at, mask=(column < END)[None, :], other=0.0)
     else:
-        return tl.load(at, mask=mask, other=0.0)
+        return tl.load(at)
 
 
 # Rotation
@@ -132,13 +138,13 @@ def _load_block(
     PARTIAL: tl.constexpr = FIRST + WIDTH > D
     if HALVES and angles is not None:
         i = FIRST // 2 + tl.arange(0, WIDTH // 2)
-        mask = _mask(valid, i, D // 2, PARTIAL, EDGE)
-        x0, x1 = _read(rows + i[None, :], mask), _read(rows + (D // 2 + i)[None, :], mask)
+        x0 = _read(rows, valid, i, D // 2, PARTIAL, EDGE)
+        x1 = _read(rows + D // 2, valid, i, D // 2, PARTIAL, EDGE)
         x0, x1 = _turn(x0.to(tl.float32), x1.to(tl.float32), angles, FIRST, D, BACK)
         return _join(x0, x1).to(rows.dtype.element_ty)
     else:
         c = FIRST + tl.arange(0, WIDTH)
-        x = _read(rows + c[None, :], _mask(valid, c, D, PARTIAL, EDGE))
+        x = _read(rows, valid, c, D, PARTIAL, EDGE)
         if angles is None:
             return x
         else:
@@ -151,10 +157,8 @@ def _load_block(
 def _load(rows, valid, angles, D: tl.constexpr, HALVES: tl.constexpr, EDGE: tl.constexpr, BACK: tl.constexpr = False):
     """A tile of rows: turned unless `angles` is None; 0 where not `valid`, which EDGE alone looks at."""
     tile = ()
-    first: tl.constexpr = 0
     for i in tl.static_range(len(widths(D))):
-        tile = tile + (_load_block(rows, valid, angles, first, widths(D)[i], D, HALVES, EDGE, BACK),)
-        first = first + widths(D)[i]
+        tile = tile + (_load_block(rows, valid, angles, firsts(D)[i], widths(D)[i], D, HALVES, EDGE, BACK),)
     return tile
 
 
@@ -168,22 +172,20 @@ def _store_block(rows, valid, x, angles, FIRST: tl.constexpr, D: tl.constexpr, H
     x = x.to(rows.dtype.element_ty)
     if HALVES:
         i = FIRST // 2 + tl.arange(0, x.shape[1] // 2)
-        mask = _mask(valid, i, D // 2, PARTIAL, True)
+        mask = _inside(valid, i, D // 2, PARTIAL)
         x0, x1 = _split(x)
         tl.store(rows + i[None, :], x0, mask=mask)
         tl.store(rows + (D // 2 + i)[None, :], x1, mask=mask)
     else:
         c = FIRST + tl.arange(0, x.shape[1])
-        tl.store(rows + c[None, :], x, mask=_mask(valid, c, D, PARTIAL, True))
+        tl.store(rows + c[None, :], x, mask=_inside(valid, c, D, PARTIAL))
 
 
 @triton.jit
 def _store(rows, valid, tile, angles, D: tl.constexpr, HALVES: tl.constexpr):
     """Stores the `valid` rows of a tile, turned back unless `angles` is None, rounded once."""
-    first: tl.constexpr = 0
     for i in tl.static_range(len(tile)):
-        _store_block(rows, valid, tile[i], angles, first, D, HALVES)
-        first = first + widths(D)[i]
+        _store_block(rows, valid, tile[i], angles, firsts(D)[i], D, HALVES)
 
 
 @triton.jit
