@@ -1,7 +1,7 @@
-"""Attention by Triton kernels (`triton_kernels.py`): for any length and head dimension, float32 too."""
+"""Attention by Triton kernels (`triton_kernels.py`): any number of tokens, any head dimension, float32 too."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,39 +9,19 @@ from torch import Tensor
 from evakernels import jit, native
 from evakernels.ops.attention import triton_kernels
 
-
-class Config(NamedTuple):
-    """Tiles of a kernel: queries and keys, warps of a program, stages of its loop."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def forward_config(tokens: int, head_dim: int, size: int, hopper: bool) -> Config:
-    if size == 4:
-        return Config(64, 32, 4, 1)
-    return Config(64 if tokens <= 64 else 128, 64, 4 if tokens <= 64 else 8, 2)
-
-
-def backward_config(tokens: int, head_dim: int, size: int, hopper: bool) -> Config:
-    if size == 4:
-        return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 2)
+MOST_PATCHES = (1 << 31) - 1
 
 
 def refuses(op: str, *args) -> str | None:
-    """Why the kernels cannot serve this call: the device, the dtype, the scale or the grid."""
-    x, (rows, columns), scale = args[0], args[-7:-5], args[-1]
-    if op == "apply_rope":
-        (rows, columns), scale = args[1:3], 1.0
-    if reason := jit.refusal(x):
+    """Why the kernels cannot serve this call: the device, a dtype, the scale or the grid."""
+    rotated_alone = op == "apply_rope"
+    (rows, columns), scale = (args[1:3], 1.0) if rotated_alone else (args[-7:-5], args[-1])
+    if reason := jit.refusal(*(x for x in args[:2] if isinstance(x, Tensor) and x.dim() > 3)):
         return reason
     if not 0 < abs(scale) < math.inf:
-        return f"its kernels take a finite scale other than 0, not {scale}"
-    if rows is not None and rows.shape[0] * columns.shape[0] >= 1 << 31:
-        return f"its kernels take grids of fewer than 2^31 patches, not {rows.shape[0]} x {columns.shape[0]}"
+        return f"its kernels take a finite scale other than 0, not {scale}; of equal weights `v.mean(1)` is the result"
+    if rows is not None and rows.shape[0] * columns.shape[0] > MOST_PATCHES:
+        return f"its kernels take grids of up to {MOST_PATCHES} patches, not {rows.shape[0]} x {columns.shape[0]}"
     return None
 
 
@@ -70,9 +50,99 @@ def attention_qkvpacked_backward(dout, qkv, out, lse, *options):
 
 def apply_rope(x, rows, columns, positions, prefix, interleaved, conjugate):
     turned = x.new_empty(x.shape)
-    rotation = _Rotation.of(x, rows, columns, positions, prefix, interleaved)
-    _turn((_aligned(x),), (turned,), rotation, keep=True, back=conjugate)
+    _turn([_aligned(x)], [turned], _rotation(x, rows, columns, positions, prefix, interleaved), True, conjugate)
     return turned
+
+
+# Which tiles, and where keys are turned. By formula and by what the compiler makes of them (docs/attention.md): no
+# kernel spills, and nothing here has been timed.
+
+
+class Plan(NamedTuple):
+    """A kernel's tiles: queries and keys; warps of a program; stages of its loop; are streamed rows turned in it?"""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    turns: bool = False
+
+
+class Device(NamedTuple):
+    """What plans ask of a GPU."""
+
+    warpgroups: bool  # products take their operands from shared memory (wgmma and later), not from registers
+    multiprocessors: int
+
+
+def device_of(x: Tensor) -> Device:
+    large = native.shared_memory(x.device) >= 200 << 10  # consumer GPUs are newer and have 99 KiB
+    return Device(large and jit.capability(x.device) >= (9, 0), native.multiprocessors(x.device))
+
+
+def forward_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> Plan:
+    """Of the forward kernel, for elements of `size` bytes.
+
+    To turn keys before, in a kernel of its own, moves 4 bytes per channel (of 8 to 12), once; to turn them in the
+    loop costs every block of queries about 6 instructions a channel. On an H100 (25 bytes and 4 x 32 lanes a
+    nanosecond and multiprocessor) four blocks do that in the time of the bytes. On an A100 every one of a program's
+    4 or 8 warps turns all keys itself, because each needs them in its registers: one block.
+    """
+    rows = _rows_of_a_block(tokens)
+    if size == 4:  # no tensor cores: operands are in registers, whose number decides
+        return Plan(32, 32, 8, 1)
+    if device.warpgroups:
+        turns = rotated and -(-tokens // rows) <= 4
+        return Plan(rows, 64, rows // 16, 1 if turns else 3, turns)
+    if rotated and tokens <= 64:
+        return Plan(64, 32, 4, 1, True)
+    return Plan(rows, 64 if head_dim <= 96 or rows == 64 else 32, rows // 16, 2)
+
+
+def queries_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> Plan:
+    """Of the backward kernel that makes dq of a block of queries."""
+    if size == 4:
+        return Plan(32 if head_dim <= 96 else 16, 16, 8, 1)
+    if not device.warpgroups:
+        return Plan(64, 32, 4, 2)
+    rows = _rows_of_a_block(tokens)
+    turns = rotated and _turns_backward(tokens, head_dim)
+    return Plan(rows, 64, rows // 16, 1 if turns else 2, turns)
+
+
+def keys_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> Plan:
+    """Of the backward kernel that makes dk and dv of a block of keys."""
+    if size == 4:
+        return Plan(16, 32, 8, 1)
+    if not device.warpgroups:
+        return Plan(32 if head_dim <= 80 else 16, 64, 4, 2)
+    if makes_dq(tokens, head_dim, size, rotated, device):
+        return Plan(32, 64, 4, 1, rotated) if tokens <= 64 else Plan(64, 128, 8, 1, rotated)
+    rows = _rows_of_a_block(tokens) if head_dim <= 96 else 128
+    if rotated and _turns_backward(tokens, head_dim):
+        return Plan(32, rows, rows // 16, 1, True)
+    return Plan(64 if head_dim <= 64 else 32, rows, rows // 16, 2)
+
+
+def makes_dq(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> bool:
+    """Whether that kernel has all keys of a head in one block, and makes dq too: five products, each tensor read once.
+
+    Else there are seven, and most tensors are read twice. Where operands are in registers there are too few.
+    """
+    return size == 2 and device.warpgroups and head_dim <= 64 and tokens <= 128
+
+
+def _turns_backward(tokens: int, head_dim: int) -> bool:
+    """As forward, up to four blocks of 64; beyond 64 channels registers do not suffice."""
+    return head_dim <= 64 and tokens <= 256
+
+
+def _rows_of_a_block(tokens: int) -> int:
+    """128, which read the other operand half as often as 64; unless a quarter of them would be empty."""
+    return 64 if 4 * -(-tokens // 64) <= 6 * -(-tokens // 128) else 128
+
+
+# Launches
 
 
 class _Rotation(NamedTuple):
@@ -82,111 +152,102 @@ class _Rotation(NamedTuple):
     numbers: tuple[int, int, int]
     halves: bool
 
-    @classmethod
-    def of(cls, x, rows, columns, positions, prefix, interleaved) -> "_Rotation":
-        if rows is None:
-            return cls((None, None, None), (0, 1, 1), False)
-        ids, *_ = native.kept_ids(positions, x.shape[1] - prefix)
-        grid = rows.shape[0], columns.shape[0]
-        return cls((rows.contiguous(), columns.contiguous(), ids), (prefix, grid[0] * grid[1], grid[1]), not interleaved)
 
-    def __bool__(self) -> bool:
-        return self.tensors[0] is not None
+def _rotation(x, rows, columns, positions, prefix, interleaved) -> _Rotation:
+    if rows is None:
+        return _Rotation((None, None, None), (0, 1, 1), False)
+    ids, *_ = native.kept_ids(positions, x.shape[1] - prefix)
+    width = columns.shape[0]
+    return _Rotation(
+        (rows.contiguous(), columns.contiguous(), ids), (prefix, rows.shape[0] * width, width), not interleaved
+    )
 
 
-def _forward(q, k, v, out, rows, columns, positions, prefix, interleaved, causal, scale) -> Tensor:
+def _forward(q, k, v, out, *options) -> Tensor:
+    *rotation, causal, scale = options
     if scale < 0:
-        return _forward(-q, k, v, out, rows, columns, positions, prefix, interleaved, causal, -scale)
+        return _forward(-q, k, v, out, *rotation, causal, -scale)
     batch, tokens, heads, head_dim = q.shape
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     q, k, v = map(_aligned, (q, k, v))
-    rotation = _Rotation.of(q, rows, columns, positions, prefix, interleaved)
-    config = forward_config(tokens, head_dim, q.element_size(), jit.capability(q.device) >= (9, 0))
-    blocks = -(-tokens // config.queries)
-    apart = rotation and _pays_apart(blocks, q.element_size())
-    if apart:
-        (k,) = _turned((k,), rotation)
+    turning, rotated = _rotation(q, *rotation), rotation[0] is not None
+    plan = forward_plan(tokens, head_dim, q.element_size(), rotated, device_of(q))
+    if rotated and not plan.turns:
+        (k,) = _turned([k], turning)
     jit.launch(
         triton_kernels.forward,
-        (blocks * heads * batch,),
-        *(q, k, v, out, lse, *rotation.tensors),
-        *(*_strides(q), *_strides(k), *_strides(v)),
-        *(heads, tokens, *rotation.numbers, scale),
-        D=head_dim,
-        QUERIES=config.queries,
-        KEYS=config.keys,
-        CAUSAL=causal,
-        TURN_Q=bool(rotation),
-        TURN_K=bool(rotation and not apart),
-        HALVES=rotation.halves,
-        warps=config.warps,
-        stages=config.stages,
+        (-(-tokens // plan.queries) * heads * batch,),
+        *(q, k, v, out, lse, *turning.tensors),
+        *_strides(q, k, v),
+        *(heads, tokens, *turning.numbers, scale),
+        **_constants(plan, head_dim, causal, turning),
+        TURN_Q=rotated,
+        TURN_K=plan.turns,
     )
     return lse
 
 
-def _backward(dout, q, k, v, out, lse, dq, dk, dv, rows, columns, positions, prefix, interleaved, causal, scale) -> None:
+def _backward(dout, q, k, v, out, lse, dq, dk, dv, *options) -> None:
+    *rotation, causal, scale = options
     if scale < 0:
-        _backward(dout, -q, k, v, out, lse, dq, dk, dv, rows, columns, positions, prefix, interleaved, causal, -scale)
+        _backward(dout, -q, k, v, out, lse, dq, dk, dv, *rotation, causal, -scale)
         dq.neg_()
         return
     batch, tokens, heads, head_dim = q.shape
     q, k, v, dout = map(_aligned, (q, k, v, dout.to(q.dtype)))
     out, lse = out.contiguous(), lse.contiguous()
-    rotation = _Rotation.of(q, rows, columns, positions, prefix, interleaved)
-    config = backward_config(tokens, head_dim, q.element_size(), jit.capability(q.device) >= (9, 0))
-    whole = tokens <= config.keys
-    apart = rotation and _pays_apart(-(-tokens // min(config[:2])), q.element_size())
-    if apart:
-        q, k = _turned((q, k), rotation)
+    turning, rotated = _rotation(q, *rotation), rotation[0] is not None
+    shape = tokens, head_dim, q.element_size(), rotated, device_of(q)
+    by_keys, whole = keys_plan(*shape), makes_dq(*shape)
+    if rotated and not by_keys.turns:
+        q, k = _turned([q, k], turning)
     delta = None if whole else torch.empty_like(lse)
-    strides = [s for x in (q, k, v, dout, dq) for s in _strides(x)]
-    numbers = heads, tokens, *rotation.numbers, scale
-    constants = {
-        "D": head_dim,
-        "QUERIES": config.queries,
-        "KEYS": config.keys,
-        "CAUSAL": causal,
-        "TURN": bool(rotation and not apart),
-        "TURN_BACK": bool(rotation),
-        "HALVES": rotation.halves,
-    }
-    how = {"warps": config.warps, "stages": config.stages}
-    if not whole:
-        grid = (-(-tokens // config.queries) * heads * batch,)
-        tensors = q, k, v, out, dout, lse, delta, dq, *rotation.tensors
-        jit.launch(triton_kernels.backward_queries, grid, *tensors, *strides, *numbers, **how, **constants)
-    grid = (-(-tokens // config.keys) * heads * batch,)
-    tensors = q, k, v, out, dout, lse, delta, dq, dk, dv, *rotation.tensors
-    jit.launch(triton_kernels.backward_keys, grid, *tensors, *strides, *numbers, **how, **constants, WHOLE=whole)
+    inputs, strides = (q, k, v, out, dout, lse, delta), _strides(q, k, v, dout, dq)
+    numbers = heads, tokens, *turning.numbers, scale
+    how = {"TURN": by_keys.turns, "TURN_BACK": rotated}
+    if not whole:  # what makes dq leaves delta for the other
+        by_queries = queries_plan(*shape)
+        jit.launch(
+            triton_kernels.backward_queries,
+            (-(-tokens // by_queries.queries) * heads * batch,),
+            *(*inputs, dq, *turning.tensors),
+            *(*strides, *numbers),
+            **_constants(by_queries, head_dim, causal, turning),
+            **how,
+        )
+    jit.launch(
+        triton_kernels.backward_keys,
+        (-(-tokens // by_keys.keys) * heads * batch,),
+        *(*inputs, dq, dk, dv, *turning.tensors),
+        *(*strides, *numbers),
+        **_constants(by_keys, head_dim, causal, turning),
+        **how,
+        WHOLE=whole,
+    )
 
 
-def _pays_apart(blocks: int, size: int) -> bool:
-    return blocks * 4 > 3 * 2 * size
-
-
-def _turned(tensors: tuple[Tensor, ...], rotation: _Rotation) -> tuple[Tensor, ...]:
+def _turned(tensors: list[Tensor], rotation: _Rotation) -> list[Tensor]:
+    """Turned rows, one head's side by side and its pairs of channels too."""
     batch, tokens, heads, head_dim = tensors[0].shape
-    to = tuple(x.new_empty((batch, heads, tokens, head_dim)).transpose(1, 2) for x in tensors)
-    _turn(tensors, to, rotation, keep=False, back=False)
+    to = [x.new_empty((batch, heads, tokens, head_dim)).transpose(1, 2) for x in tensors]
+    _turn(tensors, to, rotation, False, False)
     return to
 
 
-def _turn(tensors, to, rotation: _Rotation, keep: bool, back: bool) -> None:
-    x = tensors[0]
-    batch, tokens, heads, head_dim = x.shape
+def _turn(tensors: list[Tensor], to: list[Tensor], rotation: _Rotation, keep: bool, back: bool) -> None:
+    batch, tokens, heads, head_dim = tensors[0].shape
     rows = 32
     blocks = -(-tokens // rows) * batch
-    groups = min(heads, -(-8 * native.multiprocessors(x.device) // max(blocks, 1)))
-    share = -(-heads // max(groups, 1))
-    groups = -(-heads // max(share, 1))
+    # A program turns many heads by the angles it has; as many as leave 8 programs to each multiprocessor.
+    wanted = 8 * native.multiprocessors(tensors[0].device)
+    share = max(1, min(heads, blocks * heads // wanted))
     jit.launch(
         triton_kernels.turn,
-        (blocks * groups,),
+        (blocks * -(-heads // share),),
         *(*tensors, None)[:2],
         *(*to, None)[:2],
         *rotation.tensors,
-        *(*_strides(x), *_strides(tensors[-1]), *_strides(to[0])),
+        *_strides(tensors[0], tensors[-1], to[0]),
         *(heads, share, tokens, *rotation.numbers),
         D=head_dim,
         TOKENS=rows,
@@ -196,10 +257,14 @@ def _turn(tensors, to, rotation: _Rotation, keep: bool, back: bool) -> None:
     )
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """In units of 8 elements."""
-    batch, token, head, _ = x.stride()
-    return batch // 8, token // 8, head // 8
+def _constants(plan: Plan, head_dim: int, causal: bool, rotation: _Rotation) -> dict[str, Any]:
+    tiles = {"D": head_dim, "QUERIES": plan.queries, "KEYS": plan.keys}
+    return tiles | {"CAUSAL": causal, "HALVES": rotation.halves, "warps": plan.warps, "stages": plan.stages}
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of samples, tokens and heads, in units of 8 elements."""
+    return tuple(stride // 8 for x in tensors for stride in x.stride()[:3])
 
 
 def _aligned(x: Tensor) -> Tensor:
