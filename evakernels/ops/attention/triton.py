@@ -236,7 +236,7 @@ def _turned(tensors: list[Tensor], rotation: _Rotation) -> list[Tensor]:
 
 def _turn(tensors: list[Tensor], to: list[Tensor], rotation: _Rotation, keep: bool, back: bool) -> None:
     batch, tokens, heads, head_dim = tensors[0].shape
-    rows = 32
+    rows = 32 if head_dim * tensors[0].element_size() <= 128 else 16
     blocks = -(-tokens // rows) * batch
     # A program turns many heads by the angles it has; as many as leave 8 programs to each multiprocessor.
     wanted = 8 * native.multiprocessors(tensors[0].device)
