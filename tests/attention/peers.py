@@ -1,5 +1,7 @@
 """What attention is held against, with whole tables of angles: PyTorch's own operator, and softmax written out."""
 
+import math
+
 import numerics
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,16 @@ def grid_of(tokens):
     patches = tokens - prefix
     height = max(h for h in range(1, int(patches**0.5) + 1) if patches % h == 0)
     return prefix, (height, patches // height)
+
+
+def rope_of(tokens, head_dim, device, **options):
+    prefix, grid = grid_of(tokens)
+    return ek.Rope2d(grid, head_dim, prefix_tokens=prefix, **options).to(device)
+
+
+def kept_of(batch, patches, keep, device, dtype=torch.int16):
+    noise = torch.rand(batch, patches, generator=torch.Generator().manual_seed(1))
+    return noise.argsort(1)[:, :keep].to(device, dtype)
 
 
 def turned(x, rope, positions=None):
@@ -74,3 +86,36 @@ def assert_exact(shape, dtype, device="cpu", **options):
             assert actual.double().abs().max() <= 2**-22 * terms, name
         else:
             numerics.assert_as_exact_as(actual, peer, oracle, factor, name)
+
+
+def gradients(*inputs, dout, **options):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = ours(*leaves, **options)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+def by_others(inputs, dout, **options):
+    """Gradients by PyTorch's operator in the inputs' dtype, and in float64."""
+    for function, dtype in ((by_torch, inputs[0].dtype), (by_softmax, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        yield torch.autograd.grad(function(*leaves, **options), leaves, dout.to(dtype))
+
+
+def in_nan(x):
+    """A view of the values of x whose neighbours in memory are all NaN."""
+    batch, tokens, heads, channels = x.shape
+    around = torch.full((batch + 1, tokens + 2, heads + 1, channels + 16), math.nan, dtype=x.dtype, device=x.device)
+    view = around[:batch, 1 : tokens + 1, :heads, 8 : channels + 8]
+    view.copy_(x)
+    return view
+
+
+# Of (B, N, H, D): the same values, laid out otherwise.
+VIEWS = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "packed": lambda x: torch.stack((x, x, x), 2)[:, :, 1],
+    "odd": lambda x: torch.cat((x[..., :1], x), -1)[..., 1:],
+    "strided channels": lambda x: torch.stack((x, x), -1)[..., 0],
+    "odd start": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "expanded": lambda x: x[:1].expand(2, -1, -1, -1),
+}

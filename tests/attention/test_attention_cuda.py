@@ -6,7 +6,20 @@ import math
 import numerics
 import pytest
 import torch
-from attention.peers import assert_exact, by_softmax, by_torch, grid_of, ours, random, turned
+from attention.peers import (
+    VIEWS,
+    assert_exact,
+    by_others,
+    by_softmax,
+    by_torch,
+    gradients,
+    in_nan,
+    kept_of,
+    ours,
+    random,
+    rope_of,
+    turned,
+)
 from shapes import HEAD_DIMS, TOKENS
 
 import evakernels as ek
@@ -15,29 +28,6 @@ from evakernels import native
 OPS = torch.ops.evakernels
 DTYPES = (torch.bfloat16, torch.float16)
 A100, H200, SMALL = 163 << 10, 227 << 10, 99 << 10  # shared memory that a block may have
-
-
-def rope_of(tokens, head_dim, device, **options):
-    prefix, grid = grid_of(tokens)
-    return ek.Rope2d(grid, head_dim, prefix_tokens=prefix, **options).to(device)
-
-
-def kept_of(batch, patches, keep, device, dtype=torch.int16):
-    noise = torch.rand(batch, patches, generator=torch.Generator().manual_seed(1))
-    return noise.argsort(1)[:, :keep].to(device, dtype)
-
-
-def gradients(*inputs, dout, **options):
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = ours(*leaves, **options)
-    return out.detach(), *torch.autograd.grad(out, leaves, dout)
-
-
-def by_others(inputs, dout, **options):
-    """Gradients by PyTorch's operator in the inputs' dtype, and in float64."""
-    for function, dtype in ((by_torch, inputs[0].dtype), (by_softmax, torch.float64)):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        yield torch.autograd.grad(function(*leaves, **options), leaves, dout.to(dtype))
 
 
 # Every kernel at every length; batch and heads are small where the emulator would take long.
@@ -219,15 +209,6 @@ def test_packed_equals_separate_bitwise(kernels, tokens, head_dim):
     assert dqkv.is_contiguous() and torch.equal(dqkv, torch.stack(expected, 2))
 
 
-def in_nan(x):
-    """A view of the values of x whose neighbours in memory are all NaN."""
-    batch, tokens, heads, channels = x.shape
-    around = torch.full((batch + 1, tokens + 2, heads + 1, channels + 16), math.nan, dtype=x.dtype, device=x.device)
-    view = around[:batch, 1 : tokens + 1, :heads, 8 : channels + 8]
-    view.copy_(x)
-    return view
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("tokens", "head_dim"), [(1, 32), (17, 64), (129, 88), (197, 64), (320, 128)])
 def test_neighbours_in_memory_are_neither_read_nor_written(kernels, monkeypatch, tokens, head_dim, causal):
@@ -247,18 +228,7 @@ def test_neighbours_in_memory_are_neither_read_nor_written(kernels, monkeypatch,
     assert len(guarded) == 5 and all(m[:64].isnan().all() and m[-64:].isnan().all() for m in guarded)
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda x: torch.stack((x, x, x), 2)[:, :, 1],
-        lambda x: torch.cat((x[..., :1], x), -1)[..., 1:],
-        lambda x: torch.stack((x, x), -1)[..., 0],
-        lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
-        lambda x: x[:1].expand(2, -1, -1, -1),
-    ],
-    ids=["heads first", "packed", "odd", "strided channels", "odd start", "expanded"],
-)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_strides_change_nothing(kernels, view):
     rope = ek.Rope2d((3, 4), 64).to(kernels)
     inputs = [random(2, 13, 3, 64, dtype=torch.bfloat16, seed=s, device=kernels) for s in range(4)]

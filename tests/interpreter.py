@@ -1,0 +1,40 @@
+"""Triton's interpreter, where it computes otherwise than a GPU, and where it is slower than it need be."""
+
+import numpy as np
+import torch
+
+
+def mend(monkeypatch) -> None:
+    """Products of bfloat16 are those of their values, not of their bits, and float32 is rounded to it, not cut off.
+
+    A kernel's functions are called without patching Triton's language anew at every call, which takes most of the time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot, patch = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang
+    patched = set()
+
+    def converted(data, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, rounding)
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def called(function, *args, **kwargs):
+        if id(function.fn.__globals__) not in patched:
+            patched.add(id(function.fn.__globals__))
+            patch(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
+    )
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
