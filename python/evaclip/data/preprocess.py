@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evaclip.data.common import extra
@@ -108,9 +109,9 @@ class ImageTransform:
         """A random crop of an image file's content, as (channels, H, W) uint8.
 
         Args:
-            decode: "exact" crops and resizes the whole image, as a call does. "fast" takes the same box of a JPEG that
-                is decoded at a half, quarter or eighth of its size, still no smaller than the result: most pixels
-                are never computed.
+            decode: "exact" crops and resizes the whole image, as a call does. "fast" decodes a JPEG at a half, quarter
+                or eighth of its size where that still covers the result, so that most pixels are never computed,
+                moves the box to whole pixels of that, and resizes by PyTorch's antialiased bicubic filter.
             name: the image's, for messages.
 
         Raises:
@@ -119,7 +120,7 @@ class ImageTransform:
         pillow = _pillow()
         with named_error(name), pillow.open(io.BytesIO(data)) as image:
             box = random_crop(image.width, image.height, random, self.scale)
-            if decode == "exact" or image.format != "JPEG":
+            if decode == "exact":
                 return self.pixels(read_image(image, self.channels), box)
             return self._scaled(image, box)
 
@@ -134,11 +135,14 @@ class ImageTransform:
         fits = min((right - left) // width, (bottom - top) // height)
         scale = next((s for s in (8, 4, 2) if s <= fits), 1)
         if scale > 1:
-            image.draft(_MODES[self.channels], (full_width // scale, full_height // scale))
+            image.draft(_MODES[self.channels], (full_width // scale, full_height // scale))  # of a JPEG alone
         image = read_image(image, self.channels)
-        scale = round(full_width / image.width)  # a partial pixel at the edge counts as one
-        place = (left / scale, top / scale, right / scale, bottom / scale)
-        return _planes(image.resize((width, height), _pillow().Resampling.BICUBIC, box=place))
+        scale = round(full_width / image.width)  # an incomplete pixel at the edge counts as one, and is left out
+        most = (full_width // scale, full_height // scale) * 2
+        left, top, right, bottom = (min(round(at / scale), end) for at, end in zip(box, most, strict=True))
+        pixels = np.array(image).reshape(image.height, image.width, -1)[top:bottom, left:right]
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return F.interpolate(x, self.size, mode="bicubic", antialias=True)[0].contiguous().numpy()
 
 
 def image_transform(
