@@ -21,8 +21,8 @@ GLOBAL = ("max_grad_norm", "bias_correction", "trust", "capturable")
 class FusedLAMB(Optimizer):
     """LAMB with float32 moments and master weights, in as few passes over memory as the device allows.
 
-    Parameters may be DTensors (FSDP2's `fully_shard`, hybrid or replicated ones), also beside plain tensors that are the
-    same on every rank: norms and trust ratios are those of the whole tensors, by two packed all-reduces over the
+    Parameters may be DTensors (FSDP2's `fully_shard`, hybrid or replicated ones), also beside plain tensors that are
+    the same on every rank: norms and trust ratios are those of the whole tensors, by two packed all-reduces over the
     dimensions that shard them. State then has the parameter's placement.
 
     EVA-CLIP's own optimizer file (NVIDIA's variant, also timm's): `max_grad_norm=1.0` and the defaults. DeepSpeed's,
