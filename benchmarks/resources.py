@@ -1,9 +1,10 @@
-"""What the compilers make of each CUDA kernel: registers, spills, shared memory, occupancy, and telling instructions.
+"""What the compilers make of each kernel: registers, spills, shared memory, occupancy, and telling instructions.
 
 `python -m benchmarks.resources` reads the compiled library with cuobjdump (of a CUDA toolkit, or of Triton's wheel) and
-writes `benchmarks/results/resources-cuda-<version>.csv`. Nothing is run, so no GPU is needed. Threads of a block and
-its shared memory, on which occupancy depends as well, are decided by the host: the emulated library is called at
-telling sizes, and what it would launch is written down.
+writes `benchmarks/results/resources-cuda-<version>.csv`; and of the Triton kernels (`triton_resources.py`) it writes
+`resources-triton-<version>.csv`. Nothing is run, so no GPU is needed. Threads of a block and its shared memory, on
+which occupancy depends as well, are decided by the host: the emulated library is called at telling sizes, and what it
+would launch is written down.
 """
 
 import argparse
@@ -35,6 +36,7 @@ COUNTED = {
     "STG.128": ("STG", ".128"),
     "spills": ("STL", ""),
 }
+INSTRUCTIONS = COUNTED | {"HGMMA": ("HGMMA", "")}  # Triton's products on sm_90
 # Of kernels whose names begin otherwise than with their family's.
 FAMILIES = {"gather": "tokens", "patchify": "tokens", "sample": "tokens", "sum": "common"}
 # `warps` are on a multiprocessor at once where each block is launched as in `at`.
@@ -77,10 +79,10 @@ def cuobjdump() -> str | None:
     return str(wheel) if wheel and wheel.is_file() else None
 
 
-def dump(option: str, path: Path) -> str:
+def dump(path: Path, *options: str) -> str:
     tool = cuobjdump()
     assert tool, "cuobjdump is missing"
-    return subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *options, str(path)], capture_output=True, text=True, check=True).stdout
 
 
 def demangled(names: list[str]) -> dict[str, str]:
@@ -129,27 +131,26 @@ def blocks(registers: int, threads: int, shared: int, memory: int) -> int:
     return min(by_registers, by_shared, 64 // warps, 32)
 
 
-def rows(path: Path, emulated: ModuleType) -> list[dict]:
-    """One row per kernel and architecture of a compiled library; the emulated one knows the launches."""
+def compiled(path: Path) -> dict[tuple[str, str], dict]:
+    """What the compilers made of each kernel of a library, by its name and architecture; of a cubin it is ""."""
     found: dict[tuple[str, str], dict] = {}
     architecture = ""
-    for line in dump("-res-usage", path).splitlines():
+    for line in dump(path, "-res-usage", "-sass").splitlines():
         if match := re.search(r"arch = (sm_\d+)", line):
             architecture = match[1]
-        elif match := re.search(r"Function (\S+):", line):
-            name = match[1]
+        elif match := re.search(r"Function (?:: )?([^\s:]+)", line):
+            row = found.setdefault((match[1], architecture), dict.fromkeys(INSTRUCTIONS, 0))
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            registers, stack, shared = map(int, match.groups())
-            found[name, architecture] = {"registers": registers, "stack_bytes": stack, "shared_bytes": shared}
-    for line in dump("-sass", path).splitlines():
-        if match := re.search(r"arch = (sm_\d+)", line):
-            architecture = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
-            row = found.get((match[1], architecture), {})
-            row |= dict.fromkeys(COUNTED, 0)
+            row |= zip(("registers", "stack_bytes", "shared_bytes"), map(int, match.groups()), strict=True)
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", line):
-            for key, (start, part) in COUNTED.items():
+            for key, (start, part) in INSTRUCTIONS.items():
                 row[key] += match[1].split(".")[0] == start and part in match[1]
+    return found
+
+
+def rows(path: Path, emulated: ModuleType) -> list[dict]:
+    """One row per kernel and architecture of a compiled library; the emulated one knows the launches."""
+    found = compiled(path)
     names = demangled(sorted({name for name, _ in found}))
     launched = {architecture: launches(emulated, architecture) for architecture in {a for _, a in found}}
     table = []
@@ -191,21 +192,47 @@ def built() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", choices=("cuda", "triton"), action="append", help="these kernels; by default, all")
     parser.add_argument("--library", type=Path, help="a compiled library; by default, the installed one")
     parser.add_argument("--emulated", type=Path, help="the emulated library; by default, it is built")
+    parser.add_argument("--all", action="store_true", help="compile also Triton kernels whose rows are those of before")
     given = parser.parse_args()
-    library = native.load(given.library) if given.library else native.library()
-    if isinstance(library, str) or not cuobjdump():
-        sys.exit(library if isinstance(library, str) else "cuobjdump is missing; it comes with CUDA and with triton")
-    found = rows(Path(library.__file__ or ""), native.load(given.emulated or built()))
-    path = table(library.build_info()["cuda"])
+    if not cuobjdump():
+        sys.exit("cuobjdump is missing; it comes with CUDA and with triton")
+    sentences = []
+    for kernels in given.of or ("cuda", "triton"):
+        sentences += of_cuda(given.library, given.emulated) if kernels == "cuda" else of_triton(given.all)
+    sys.exit("\n".join(sentences) or None)
+
+
+def of_cuda(path: Path | None, emulated: Path | None) -> list[str]:
+    """Write the table of the compiled library; a sentence for each thing that is wrong."""
+    library = native.load(path) if path else native.library()
+    if isinstance(library, str):
+        return [library]
+    found = rows(Path(library.__file__ or ""), native.load(emulated or built()))
+    write(table(library.build_info()["cuda"]), FIELDS, found)
+    return spilling(found)
+
+
+def of_triton(everything: bool) -> list[str]:
+    """Write the table of the Triton kernels; a sentence for each thing that is wrong."""
+    module = harness.peer("benchmarks.triton_resources")
+    if isinstance(module, str):
+        return [f"no table of Triton kernels: {module}"]
+    if module.jit.INTERPRETED:
+        return ["no table of Triton kernels: Triton interprets, TRITON_INTERPRET is set"]
+    found = (module.rows if everything else module.renewed)(module.launched())
+    write(module.table(), module.FIELDS, found)
+    return module.too_much(found)
+
+
+def write(path: Path, fields: tuple[str, ...], found: list[dict]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: row[key] for key in FIELDS} for row in found)
+        writer.writerows(found)
     print(f"{len(found)} rows written to {path}")
-    if sentences := spilling(found):
-        sys.exit("\n".join(sentences))
 
 
 if __name__ == "__main__":

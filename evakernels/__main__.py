@@ -18,12 +18,18 @@ def main() -> None:
         reason = "this torch is a CPU build" if torch.version.cuda is None else "torch finds none"
         print(f"GPU: none ({reason})")
     print(f"compiled library: {native.status()}\n")
+    gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if gpu else None
+    print(f"What is asked to serve, in order, on {'a GPU' if gpu else 'the CPU'}:")
     for family in dispatch.FAMILIES:
         found = {name: dispatch.implementation(family, name) for name in dispatch.IMPLEMENTATIONS}
-        print(f"{family}: {', '.join(n for n, m in found.items() if not isinstance(m, str)) or 'nothing'}")
+        for rule in dispatch.rules(family, "cuda" if gpu else "cpu", capability):
+            there = ", ".join(name for name in rule.order if not isinstance(found[name], str))
+            print(f"{family}: {there}{rule.words and f', for {rule.words}'}: {rule.reason}")
         for name, module in found.items():
             if isinstance(module, str) and name != "cpu":
-                print(f"    no {name}: {module}")
+                alone = name == "triton" and not isinstance(found["cuda"], str)
+                print(f"    no {name}: {module}{alone * '; without the compiled library plain PyTorch serves'}")
 
 
 if __name__ == "__main__":

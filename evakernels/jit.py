@@ -32,7 +32,8 @@ class Launch(NamedTuple):
     stages: int
 
 
-_compiled: dict[tuple, Any] = {}
+_PLAIN = frozenset((float, bool, type(None)))
+_compiled: dict[tuple, tuple[Any, list]] = {}  # what Triton made of a kernel, and its constants in their order
 _record: list[Launch] | None = None
 
 
@@ -50,13 +51,15 @@ def kernel(function: Callable) -> Any:
     return triton.jit(function, do_not_specialize=numbers)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], /, *arguments: Any, warps: int = 4, stages: int = 1, **constants
+) -> None:
     """Launch a kernel in the current stream of its first tensor's device.
 
     Args:
         kernel: declared with `kernel`.
         grid: up to three numbers of programs; where one is 0 nothing is launched.
-        arguments: tensors, numbers or None for the run-time parameters, in their order.
+        arguments: tensors, Python's numbers or None for the run-time parameters, in their order.
         warps, stages: of a program; of its pipelined loops.
         constants: the constexpr parameters.
     """
@@ -70,27 +73,56 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
     if INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    device = next(a for a in arguments if isinstance(a, Tensor)).get_device()
+    device = _device(arguments)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, *arguments, warps=warps, stages=stages, **constants)
-    # Triton's own look-up takes longer than all the rest: it formats the arguments' types into a string at each call.
-    key = id(kernel), device, warps, stages, *map(_kind, arguments), *constants.items()
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
-    else:
-        values = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-        compiled[grid](*arguments, *values, stream=torch._C._cuda_getCurrentRawStream(device))
+    # Triton's own look-up formats the options and the arguments' types into a string at each call.
+    key = (id(kernel), device, warps, stages, *constants, *constants.values(), *_kinds(arguments))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **constants, **options(warps, stages))
+        _compiled[key] = compiled, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        return
+    compiled, values = found
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if _hooked():
+        compiled[grid](*arguments, *values, stream=stream)
+    else:  # what that does, without a description for hooks
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *values)
 
 
-def _kind(argument: Any) -> Any:
-    """What Triton compiles a kernel for: a pointer's dtype and alignment, an integer's width, None, or any float."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() & 15 == 0
-    if isinstance(argument, int):
-        return -(2**31) <= argument < 2**31
-    return argument is None
+def options(warps: int, stages: int) -> dict[str, Any]:
+    """What Triton is told beside arguments: that a * b + c may be rounded once is no default from 3.10 on."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def _device(arguments: tuple[Any, ...]) -> int:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument.get_device()
+    raise TypeError("a kernel wants a tensor among its arguments")
+
+
+def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """What Triton compiles a kernel for: pointers' dtypes and alignment, integers' width, of all else the type."""
+    found: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:
+            found.append(-(2**31) <= argument < 2**31)
+        elif kind in _PLAIN:
+            found.append(kind)
+        else:
+            found.append(argument.dtype)
+            found.append(argument.data_ptr() & 15 == 0)
+    return found
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @contextmanager

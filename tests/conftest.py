@@ -1,6 +1,7 @@
 """What every test shares: the `gpu` mark, the kernels, and a torchvision that imports beside a CPU torch."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
+@pytest.fixture
+def compiling() -> None:
+    """Skips a test where Triton interprets; `where_triton_compiles` runs it all the same."""
+    jit = pytest.importorskip("evakernels.jit", reason="triton is not installed")
+    if jit.INTERPRETED:
+        pytest.skip("Triton interprets here")
+
+
+@pytest.fixture
+def where_triton_compiles(request) -> subprocess.CompletedProcess:
+    """The asking test's file, run by pytest in a process in which Triton compiles; skipped where it does here."""
+    jit = pytest.importorskip("evakernels.jit", reason="triton is not installed")
+    if not jit.INTERPRETED:
+        pytest.skip("Triton compiles here")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(request.path)]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="session")
 def emulated() -> ModuleType:
     """The compiled library, built to be emulated on the CPU; or the one at EVAKERNELS_EMULATED_LIBRARY."""
@@ -50,11 +69,29 @@ def kernels(request):
         yield torch.device("cpu" if request.param == "emulated" else "cuda")
 
 
+@pytest.fixture
+def bfloat16_rounds_as_on_a_gpu(monkeypatch):
+    """To nearest even: Triton's interpreter cuts float32 off, or rounds up without a carry into the exponent."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(data, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
+        return convert(data, source, target, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_kernels(request):
     """The device of the Triton kernels, which answer for every call: interpreted on the CPU, or a GPU."""
     jit = pytest.importorskip("evakernels.jit", reason="triton is not installed")
-    if request.param == "interpreted" and not jit.INTERPRETED:
-        pytest.skip("Triton compiles here: TRITON_INTERPRET is not 1")
+    if request.param == "interpreted":
+        if not jit.INTERPRETED:
+            pytest.skip("Triton compiles here: TRITON_INTERPRET is not 1")
+        request.getfixturevalue("bfloat16_rounds_as_on_a_gpu")
     with ek.using("triton"):
         yield torch.device("cpu" if request.param == "interpreted" else "cuda")

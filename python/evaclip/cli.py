@@ -16,6 +16,7 @@ from evaclip.plot import draw
 from evaclip.recipes import recipe_files
 from evaclip.run import load
 from evaclip.train import checkpoint
+from evaclip.train.ranks import RankError, leave
 from evaclip.train.recipe import Model, Recipe, RecipeError, load_recipe
 from evaclip.train.resolved import resolved
 from evaclip.train.scale import tiny
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError, ImportError, checkpoint.CheckpointError, RankError) as error:
         print(f"evaclip {arguments[0]}: {error}", file=sys.stderr)
         return 2
 
@@ -58,7 +59,7 @@ def train(arguments: list[str]) -> int:
     name, rest = _named(arguments)
     show, scale, rest = _flags(rest)
     run = Path(name) if name and name not in recipe_files() and (Path(name) / "recipe.json").is_file() else None
-    if run and (run / "model.safetensors").is_file():
+    if run and checkpoint.is_checkpoint(run):
         raise RecipeError(
             f"{run} is one checkpoint; `evaclip train {run.parent.parent}` continues its run from the newest one, so "
             "move newer ones away to continue from this"
@@ -74,13 +75,22 @@ def train(arguments: list[str]) -> int:
         return 0
     resume = run is not None and bool(checkpoint.checkpoints(run))
     trainer = Trainer(recipe, run or Path(recipe.run.output) / recipe.name, resume=resume)
+    ranks = trainer.ranks
     if not run:  # now that nothing can be wrong with the recipe any more
-        trainer.folder = claim_folder(Path(recipe.run.output), recipe.name)
+        claimed = str(claim_folder(Path(recipe.run.output), recipe.name)) if ranks.first else None
+        trainer.folder = Path(ranks.told(claimed) or "")
     folder = trainer.folder
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f"continues at step {trainer.step}" if resume else "starts"
-    print(f"{recipe.model.name}, {parameters:,} parameters, on {trainer.device}; {folder} {start}", flush=True)
-    outcome = trainer.run()
+    on = f"{ranks.world} x {trainer.device.type}" if ranks.world > 1 else str(trainer.device)
+    if ranks.first:
+        print(f"{recipe.model.name}, {parameters:,} parameters, on {on}; {folder} {start}", flush=True)
+    try:
+        outcome = trainer.run()
+    finally:
+        leave()
+    if not ranks.first:
+        return 0 if outcome == "finished" else 1
     if trainer.skipped:
         print(f"{trainer.skipped} of {trainer.step} steps were skipped, see {folder / 'metrics.jsonl'}")
     if outcome != "finished":

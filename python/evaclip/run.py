@@ -9,7 +9,6 @@ from torch import Tensor
 
 from evaclip.data.preprocess import ImageTransform, image_transform
 from evaclip.data.tokenizer import get_tokenizer
-from evaclip.models import load_checkpoint
 from evaclip.models.clip import CLIP
 from evaclip.train import checkpoint
 from evaclip.train.recipe import build_model, load_recipe
@@ -39,7 +38,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     folder = checkpoint.latest(Path(path))
     recipe = load_recipe(str(folder / "recipe.json"))
     model = build_model(recipe, device)
-    load_checkpoint(model, folder / "model.safetensors")
+    checkpoint.load_weights(folder, model)
     vision = model.config.vision
     return Loaded(
         model.eval(),

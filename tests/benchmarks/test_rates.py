@@ -15,7 +15,7 @@ def test_the_loops_are_of_the_instruction_alone(tmp_path):
     path = tmp_path / "rates.so"
     options = ["-std=c++17", "-arch=sm_80", "-shared", "-Xcompiler", "-fPIC"]
     subprocess.run([rates.nvcc(), *options, rates.SOURCE, "-o", path], check=True)
-    functions = re.split(r"Function : \S*?(\w+)_kernel", resources.dump("-sass", path))
+    functions = re.split(r"Function : \S*?(\w+)_kernel", resources.dump(path, "-sass"))
     code = {re.sub(r".*\d", "", name): text for name, text in zip(functions[1::2], functions[2::2], strict=True)}
     for name, instruction in (("products", "HMMA.16816.F32.BF16"), ("exponentials", "MUFU.EX2")):
         lines = re.findall(r"/\*([0-9a-f]{4})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]+)([^;]*);", code[name])

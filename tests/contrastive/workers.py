@@ -28,6 +28,7 @@ def loss(
 ):
     """A loss with its gradients, of this process's share of the batch; the towers' scale is 20."""
     reference.TILE, streamed.CHECK_SCALE, ranks.LINE = tile, True, options.pop("line", 64)
+    ranks._grids.clear()
     image, text = (share(x, sizes).to(dtype).requires_grad_() for x in batch(sum(sizes)))
     scale, bias = (
         torch.tensor(x, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True) for x in (20.0, -5.0)

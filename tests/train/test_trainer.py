@@ -1,6 +1,5 @@
 """The loop: exact accumulation, exact resume, and what happens when numbers or machines fail."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -10,32 +9,13 @@ import time
 
 import pytest
 import torch
+from train.ranked import tiny, weights
 
 from evaclip.data import DataError
 from evaclip.train import checkpoint
-from evaclip.train.recipe import Recipe, RecipeError, load_recipe
+from evaclip.train.recipe import RecipeError, load_recipe
 from evaclip.train.step import forward_backward
 from evaclip.train.trainer import Trainer
-
-
-def tiny(**changes) -> Recipe:
-    """The digits recipe with a one-layer model; keys are section__field."""
-    recipe = load_recipe("digits")
-    sections = {
-        "model": {"vision": {"layers": 1, "drop_path": 0.0}, "text": {"layers": 1}},
-        "data": {"batch_size": 16},
-        "schedule": {"steps": 6, "warmup": 2},
-        "run": {"log_every": 1, "tensorboard": False},
-        "compute": {"threads": 1},
-    }
-    for key, value in changes.items():
-        section, field = key.split("__")
-        sections.setdefault(section, {})[field] = value
-    return dataclasses.replace(recipe, **{s: dataclasses.replace(getattr(recipe, s), **v) for s, v in sections.items()})
-
-
-def weights(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def assert_same(a, b):

@@ -2,53 +2,136 @@
 
 <run>/recipe.json
 <run>/checkpoints/step-00000500/{recipe.json, model.safetensors, trainer.pt}
+<run>/checkpoints/step-00000500/{recipe.json, shards/, trainer.pt}   where parameters are sharded over processes
 """
 
-import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from evaclip.files import flush
+from evaclip.models import load_checkpoint
+from evaclip.models.clip import CLIP
+from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Recipe, save_recipe
+
+WEIGHTS, SHARDS, TRAINER = "model.safetensors", "shards", "trainer.pt"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, truncated or of another run; the message names the file."""
+    """A checkpoint that is missing, truncated, of another run, or could not be written; the message names the file."""
 
 
-def save(run: Path, recipe: Recipe, model: nn.Module, trainer: dict, step: int, keep: int) -> Path:
-    """Write the checkpoint of a step and drop all but the newest `keep`."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
+def save(run: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer, trainer: dict, ranks: Ranks) -> None:
+    """Write the checkpoint of `trainer["step"]` and drop all but the newest ones; all processes of a run must call.
+
+    Raises:
+        CheckpointError: it could not be written (the disk is full, say); the ones before are untouched.
+    """
+    folder = run / "checkpoints" / f"step-{trainer['step']:08d}"
     partial = folder.with_name(folder.name + ".partial")
-    for unfinished in folder.parent.glob("*.partial"):
-        shutil.rmtree(unfinished)
-    partial.mkdir(parents=True)
-    save_recipe(recipe, partial / "recipe.json")
+
+    def prepare() -> None:
+        for unfinished in folder.parent.glob("*.partial"):
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+
+    def write() -> None:
+        if sharded(model):
+            dcp.save(_states(model, optimizer), checkpoint_id=partial / SHARDS)
+        elif ranks.first:
+            write_weights(model, partial)
+            trainer["optimizer"] = optimizer.state_dict()
+
+    def finish() -> None:
+        save_recipe(recipe, partial / "recipe.json")
+        torch.save(trainer, partial / TRAINER)
+        for path in partial.rglob("*"):
+            flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)  # the name appears only when the content is complete
+        flush(folder.parent)  # and is on the disk before an older checkpoint goes
+        for old in checkpoints(run)[: -recipe.run.keep]:
+            shutil.rmtree(old)
+
+    for does, part in ((ranks.first, prepare), (True, write), (ranks.first, finish)):
+        error = None
+        try:
+            if does:
+                part()
+        except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as problem:
+            error = f"{folder} could not be written: {problem}; the checkpoints before it are whole"
+        if words := ranks.told(error):
+            raise CheckpointError(words)
+
+
+def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether this process has but a part of the parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def write_weights(model: nn.Module, folder: Path) -> None:
+    """One safetensors file of all weights."""
     # Safetensors stores no strides and no sharing, so neither may a tensor have them.
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, partial / "model.safetensors")
-    torch.save(trainer, partial / "trainer.pt")
-    for file in partial.iterdir():
-        _flush(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)  # the name appears only when the content is complete
-    _flush(folder.parent)  # and is on the disk before an older checkpoint goes
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
+    """Load a checkpoint, at any number of processes; returns the trainer's counters and random states.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or was written by a run that keeps its parameters otherwise.
+    """
+    state = load_trainer(folder)
+    if (folder / SHARDS).is_dir():
+        states = _states(model, optimizer)
+        try:
+            dcp.load(states, checkpoint_id=folder / SHARDS)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}; an older one may be whole") from error
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    elif sharded(model):
+        raise CheckpointError(
+            f"{folder} was written with compute.parallel 'ddp' or by one process; continue it that way, or start a new "
+            f"run from its weights (--model.checkpoint {folder / WEIGHTS})"
+        )
+    else:
+        load_weights(folder, model)
+        optimizer.load_state_dict(state["optimizer"])
+    return state
+
+
+def load_weights(folder: Path, model: CLIP) -> None:
+    """The weights of a checkpoint, sharded or not, into a model that is not."""
+    if (folder / WEIGHTS).is_file() or not (folder / SHARDS).is_dir():
+        load_checkpoint(model, folder / WEIGHTS)
+        return
+    states = {"model": model.state_dict()}
+    dcp.load(states, checkpoint_id=folder / SHARDS, no_dist=True)
+    model.load_state_dict(states["model"])
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one checkpoint, and not a run with several."""
+    return (path / WEIGHTS).is_file() or (path / SHARDS).is_dir()
 
 
 def latest(path: Path) -> Path:
@@ -57,7 +140,7 @@ def latest(path: Path) -> Path:
     Raises:
         CheckpointError: there is none; says what was looked for.
     """
-    if (path / "model.safetensors").is_file():
+    if is_checkpoint(path):
         return path
     found = checkpoints(path)
     if not found:
@@ -69,8 +152,8 @@ def latest(path: Path) -> Path:
 
 
 def load_trainer(folder: Path) -> dict:
-    """The trainer's own state: optimizer, random generators, counters."""
-    path = folder / "trainer.pt"
+    """The trainer's own state: counters, random generators, and where parameters are not sharded the optimizer."""
+    path = folder / TRAINER
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

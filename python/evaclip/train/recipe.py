@@ -140,6 +140,10 @@ class Compute:
     """Recompute each block in the backward pass instead of keeping its activations."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
+    parallel: Literal["ddp", "fsdp", "fsdp2"] = "ddp"
+    """Of several processes: the whole model in each; sharded (ZeRO-3); sharded, but whole until backward (ZeRO-2)."""
+    timeout: float = 10.0
+    """Minutes that a process waits for the others before the run ends with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +277,7 @@ class Recipe:
             ),
             (0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", self.loss.label_smoothing, "in [0, 1)"),
             (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
+            (compute.timeout > 0, "compute.timeout", compute.timeout, "above 0"),
             (0 <= run.seed < 2**63, "run.seed", run.seed, "0 to 2^63 - 1"),
             (fixed is None or fixed > 0, "loss.fixed_logit_scale", fixed, "above 0"),
             (self.loss.max_logit_scale >= 1, "loss.max_logit_scale", self.loss.max_logit_scale, "at least 1"),
@@ -347,13 +352,17 @@ def build_model(recipe: Recipe, device: str | torch.device) -> CLIP:
     return create_model(model.name, device=device, dtype=dtype, vision=model.vision, text=model.text)
 
 
-def start(model: CLIP, recipe: Model) -> None:
-    """Take over the weights a recipe starts from, and tell what was not taken over as it is.
+def start(model: CLIP, recipe: Model) -> list[str]:
+    """Take over the weights a recipe starts from.
+
+    Returns:
+        sentences about what was not taken over as it is.
 
     Raises:
         RecipeError: a file is missing.
         ValueError: a file does not fit.
     """
+    notes = []
     for key, tower in CHECKPOINTS.items():
         path = getattr(recipe, key)
         if path is None:
@@ -364,8 +373,8 @@ def start(model: CLIP, recipe: Model) -> None:
                 f"model.{key} is {path!r}, and there is no such file; give yours as --model.{option} PATH, or start "
                 f"from random values with --model.{option} None"
             )
-        for note in start_from(model, path, tower):
-            print(note)
+        notes += start_from(model, path, tower)
+    return notes
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

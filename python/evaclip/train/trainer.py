@@ -14,12 +14,12 @@ import torch
 import evakernels as ek
 from evaclip import flops
 from evaclip.data.common import DataError
-from evaclip.device import pick_device
 from evaclip.gpus import gpu_of
-from evaclip.models import load_checkpoint
 from evaclip.train import checkpoint
 from evaclip.train.log import RunLog
 from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
+from evaclip.train.parallel import averaged, clip_grad_norm, spread
+from evaclip.train.ranks import Ranks, join, lost
 from evaclip.train.recipe import Recipe, RecipeError, Stage, build_model, load_recipe, save_recipe, start
 from evaclip.train.source import open_stages
 from evaclip.train.step import forward_backward, random_state, set_random_state
@@ -34,25 +34,31 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False):
         self.recipe, self.folder = recipe, folder
-        self.device = pick_device(recipe.compute.device)
+        self.ranks, self.device = join(recipe.compute.device, recipe.compute.timeout)
+        _check_shares(recipe, self.ranks)
         if recipe.compute.threads:
             torch.set_num_threads(recipe.compute.threads)
         torch.manual_seed(recipe.run.seed)
         found = checkpoint.latest(folder) if resume else None
         self.model = build_model(recipe, self.device)
         if not found:
-            start(self.model, recipe.model)
+            for note in start(self.model, recipe.model):
+                if self.ranks.first:
+                    print(note)
         self.model.set_checkpointing(recipe.compute.activation_checkpointing)
         if recipe.loss.fixed_logit_scale is not None:
             self.model.logit_scale.requires_grad_(False).fill_(math.log(recipe.loss.fixed_logit_scale))
         self.schedule = dataclasses.replace(recipe.schedule, steps=recipe.steps)
         self.stages = recipe.stages()
-        self.source = open_stages(recipe, self.model.config)
+        self.source = open_stages(recipe, self.model.config, self.ranks)
+        self.forward = spread(self.model, recipe.compute, self.ranks, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.waited = 0.0  # seconds that the last step waited for its batch
         self.stop: str | None = None  # why the run is to end after the step at hand
         self.saving = False
+        if self.ranks.world > 1:  # all have the same weights, each its own random numbers
+            torch.manual_seed(recipe.run.seed + self.ranks.rank)
         if found:
             self._load(found)
 
@@ -64,13 +70,15 @@ class Trainer:
         """
         recipe, steps = self.recipe, self.schedule.steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, self.folder / "recipe.json")
-        log = RunLog(self.folder, steps, self.step, recipe.run.tensorboard)
+        log = None
+        if self.ranks.first:
+            save_recipe(recipe, self.folder / "recipe.json")
+            log = RunLog(self.folder, steps, self.step, recipe.run.tensorboard)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         saved = self.step
         try:
             self.model.train()
-            while self.step < steps and not self.stop:
+            while self.step < steps and not self._stopping():
                 began = time.perf_counter()
                 try:
                     metrics = self.train_step()
@@ -78,14 +86,18 @@ class Trainer:
                     self.stop = str(error)
                     break
                 seconds = time.perf_counter() - began
-                self._report(log, metrics, seconds)
-                if self.step % recipe.run.save_every == 0 and not self.stop:
+                if log:
+                    self._report(log, metrics, seconds)
+                if self.step % recipe.run.save_every == 0:
                     self.save()
                     saved = self.step
             if saved != self.step:
                 self.save()
+        except RuntimeError as error:
+            raise lost(self.ranks, error, checkpoint.checkpoints(self.folder)) or error from None
         finally:
-            log.close()
+            if log:
+                log.close()
             for s, handler in before.items():
                 signal.signal(s, handler)
         return self.stop or "finished"
@@ -96,12 +108,13 @@ class Trainer:
         share = warmup_cosine(self.step, self.schedule)
         set_learning_rate(self.optimizer, share)
         began = time.perf_counter()
-        images, ids = self.source.batch(self.step)
+        images, ids = self._batch()
         self.waited = time.perf_counter() - began
         images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
-        tensors = forward_backward(self.model, images, ids, self._kept(len(images)), recipe)
+        tensors = forward_backward(self.forward, images, ids, self._kept(len(images)), recipe, self.ranks)
+        averaged(self.model, recipe.compute, self.ranks)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        tensors["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip_grad_norm or math.inf)
+        tensors["grad_norm"] = clip_grad_norm(parameters, recipe.optimizer.clip_grad_norm or math.inf)
         values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
         metrics: dict = dict(zip(tensors, values, strict=True))
         if broken := [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]:
@@ -130,8 +143,28 @@ class Trainer:
         if not drop:
             return None
         patches, keep = vision.patches, vision.tokens(drop) - 1
-        first = self.step * self.recipe.data.batch_size  # the sample's index in the whole run: whatever micro-batches
+        # The sample's index in the whole run: ids do not depend on micro-batches or on how many processes there are.
+        size = self.recipe.data.batch_size
+        first = self.step * size + self.ranks.share(size).start
         return ek.sample_kept_tokens(batch, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
+
+    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's share of the step's batch; where any process cannot read its own, all raise DataError."""
+        trouble = batch = None
+        try:
+            batch = self.source.batch(self.step)
+        except DataError as error:
+            trouble = str(error)
+        if self.ranks.worst(int(trouble is not None), self.device):
+            raise DataError(self.ranks.told(trouble))
+        assert batch is not None
+        return batch
+
+    def _stopping(self) -> bool:
+        """Whether any process is to stop: a signal may have reached one of them alone."""
+        if self.ranks.worst(int(self.stop is not None), self.device):
+            self.stop = self.ranks.told(self.stop)
+        return self.stop is not None
 
     def _report(self, log: RunLog, metrics: dict, seconds: float) -> None:
         if "skipped" in metrics:
@@ -153,7 +186,8 @@ class Trainer:
         if gpu is not None:
             rate = gpu.rate_fp32 if self.recipe.compute.precision == "fp32" else gpu.rate
             tokens = vision.tokens(stage.patch_drop(step))
-            speed["mfu"] = batch * flops.training(self.model.config, tokens, stage.frames) / seconds / rate
+            work = batch * flops.training(self.model.config, tokens, stage.frames)
+            speed["mfu"] = work / seconds / (rate * self.ranks.world)
         return speed
 
     def _memory(self) -> float:
@@ -168,18 +202,17 @@ class Trainer:
             raise KeyboardInterrupt
         self.stop = signal.Signals(number).name
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint of everything the next step depends on."""
         trainer = {
             "step": self.step,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "optimizer": self.optimizer.state_dict(),
-            "random": random_state(self.device),
+            "random": self.ranks.all(random_state(self.device)),
         }
         self.saving = True
         try:
-            return checkpoint.save(self.folder, self.recipe, self.model, trainer, self.step, self.recipe.run.keep)
+            checkpoint.save(self.folder, self.recipe, self.model, self.optimizer, trainer, self.ranks)
         finally:
             self.saving = False
 
@@ -191,11 +224,19 @@ class Trainer:
         ):
             if was != given:
                 raise RecipeError(f"{key} is {given!r}, but {folder} was written with {was!r}; continue with that")
-        state = checkpoint.load_trainer(folder)
-        load_checkpoint(self.model, folder / "model.safetensors")
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = checkpoint.load(folder, self.model, self.optimizer)
         for group, of_this_recipe in zip(self.optimizer.param_groups, options, strict=True):
             group.update(of_this_recipe)  # a state dict brings the options of the run that wrote it along
         self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
-        set_random_state(state["random"], self.device)
+        if len(state["random"]) == self.ranks.world:
+            set_random_state(state["random"][self.ranks.rank], self.device)
+
+
+def _check_shares(recipe: Recipe, ranks: Ranks) -> None:
+    needed = ranks.world * recipe.compute.micro_batches
+    if recipe.data.batch_size < needed:
+        raise RecipeError(
+            f"data.batch_size is {recipe.data.batch_size}, but {ranks.world} processes with compute.micro_batches "
+            f"{recipe.compute.micro_batches} need {needed} samples at least"
+        )

@@ -1,0 +1,106 @@
+"""The processes of a run: one, or those that torchrun starts."""
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from evaclip.device import pick_device
+
+
+class Ranks(NamedTuple):
+    """This process among those of the run."""
+
+    rank: int = 0
+    world: int = 1
+    group: "dist.ProcessGroup | None" = None  # None where there is one process
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, batch: int) -> slice:
+        """This process's samples of a batch, shares differing by at most one."""
+        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
+
+    def sizes(self, batch: int) -> list[int] | None:
+        """The sizes of all shares, None where there is one process."""
+        if self.group is None:
+            return None
+        shares = (self._replace(rank=rank).share(batch) for rank in range(self.world))
+        return [share.stop - share.start for share in shares]
+
+    def worst(self, code: int, device: torch.device) -> int:
+        """The largest of a number over all processes: how they agree to stop, say."""
+        if self.group is None:
+            return code
+        number = torch.tensor(code, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+        return int(number)
+
+    def told(self, words: str | None) -> str | None:
+        """What the first process that has anything to say says, the same for all."""
+        return next((word for word in self.all(words) if word), None)
+
+    def all(self, value) -> list:
+        """A value of each process, by rank."""
+        values = [value]
+        if self.group is not None:
+            values *= self.world
+            dist.all_gather_object(values, value, self.group)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+
+def join(device: str, minutes: float) -> tuple[Ranks, torch.device]:
+    """Take this process's place in the run, and its device.
+
+    Args:
+        device: as the recipe names it; "cuda" and "auto" are the GPU of torchrun's LOCAL_RANK.
+        minutes: how long a collective may wait for a process before the run ends with an error.
+
+    Raises:
+        ValueError: no such device.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    found = pick_device(device)
+    if world == 1:
+        return Ranks(), found
+    if found.type == "cuda" and found.index is None:
+        found = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(found)
+    if not dist.is_initialized():
+        backend = "nccl" if found.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), found
+
+
+def leave() -> None:
+    """Give the process's place up, so that the interpreter ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class RankError(RuntimeError):
+    """Another process of the run died, or did not answer in time."""
+
+
+def lost(ranks: Ranks, error: RuntimeError, checkpoints: list[Path]) -> RankError | None:
+    """An error of a collective in words that help; None where the error is another."""
+    words = str(error)
+    if ranks.group is None or not (isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
+        return None
+    kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    return RankError(
+        f"rank {ranks.rank} of {ranks.world} on {socket.gethostname()} lost another process, which died or did not "
+        f"answer within compute.timeout (torchrun names it); {kept} ({words.splitlines()[0]})"
+    )

@@ -1,0 +1,114 @@
+"""What the processes of a distributed run do in tests; also the recipe that tests train."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from evaclip.data import DataError
+from evaclip.train import checkpoint
+from evaclip.train.recipe import Recipe, load_recipe
+from evaclip.train.step import forward_backward
+from evaclip.train.trainer import Trainer
+
+
+def tiny(**changes) -> Recipe:
+    """The digits recipe with a one-layer model; keys are section__field."""
+    recipe = load_recipe("digits")
+    sections = {
+        "model": {"vision": {"layers": 1, "drop_path": 0.0}, "text": {"layers": 1}},
+        "data": {"batch_size": 16},
+        "schedule": {"steps": 6, "warmup": 2},
+        "run": {"log_every": 1, "tensorboard": False},
+        "compute": {"threads": 1},
+    }
+    for key, value in changes.items():
+        section, field = key.split("__")
+        sections.setdefault(section, {})[field] = value
+    return dataclasses.replace(recipe, **{s: dataclasses.replace(getattr(recipe, s), **v) for s, v in sections.items()})
+
+
+def trainer(folder: str, changes: dict, resume: bool = False) -> Trainer:
+    if dist.is_initialized():  # as torchrun tells it
+        os.environ |= {"WORLD_SIZE": str(dist.get_world_size()), "RANK": str(dist.get_rank())}
+    return Trainer(tiny(**changes), Path(folder), resume=resume)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    values = trainer.model.state_dict()
+    return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).clone() for name, v in values.items()}
+
+
+def gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
+    """Of the first step, and its loss and accuracies."""
+    it = trainer(folder, changes)
+    images, ids = it.source.batch(0)
+    metrics = forward_backward(it.forward, images, ids, it._kept(len(images)), it.recipe, it.ranks)
+    return {n: p.grad for n, p in it.model.named_parameters()} | metrics
+
+
+def run(folder: str, changes: dict, resume: bool = False) -> tuple[str, int, dict]:
+    """The outcome, the step and the weights of a run."""
+    it = trainer(folder, changes, resume)
+    return it.run(), it.step, weights(it)
+
+
+def signalled(folder: str, changes: dict, victim: int) -> tuple[str, int, int]:
+    """A signal reaches one process alone, in its third step; the outcome, and the checkpoint's step."""
+    it = trainer(folder, changes)
+    step = it.train_step
+
+    def with_signal():
+        if it.step == 2 and it.ranks.rank == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    it.train_step = with_signal
+    outcome = it.run()
+    return outcome, it.step, checkpoint.load_trainer(checkpoint.latest(Path(folder)))["step"]
+
+
+def spoilt(folder: str, changes: dict, victim: int) -> tuple[str, int]:
+    """One process cannot read its share of the fourth batch."""
+    it = trainer(folder, changes)
+    batch = it.source.batch
+
+    def read(step):
+        if step == 3 and it.ranks.rank == victim:
+            raise DataError("12 of 40 images are unreadable")
+        return batch(step)
+
+    it.source.batch = read
+    return it.run(), it.step
+
+
+def disk_full(folder: str, changes: dict) -> tuple[str, int]:
+    """The first process's disk is full when the second checkpoint is written."""
+    it = trainer(folder, changes)
+    save, written = torch.save, []
+
+    def full(value, file, **options):
+        written.extend([file] if isinstance(file, Path) else [])
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        return save(value, file, **options)
+
+    torch.save = full
+    try:
+        it.run()
+    except checkpoint.CheckpointError as error:
+        return str(error), checkpoint.load_trainer(checkpoint.latest(Path(folder)))["step"]
+    finally:
+        torch.save = save
+    return "", -1
+
+
+def kept(folder: str, changes: dict) -> torch.Tensor:
+    """The patch ids of this process's share of the second batch."""
+    it = trainer(folder, changes)
+    it.step = 1
+    share = it.ranks.share(it.recipe.data.batch_size)
+    return it._kept(share.stop - share.start)

@@ -1,0 +1,108 @@
+"""Runs of several processes: the same training as in one, and nothing lost when one of them fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import distributed
+import pytest
+import torch
+from train import ranked
+
+from evaclip.train import checkpoint
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (2, {}),
+        (3, {"compute__micro_batches": 2}),
+        (2, {"compute__micro_batches": 4, "loss__fixed_logit_scale": 50.0}),
+    ],
+)
+def test_processes_have_the_gradients_of_the_whole_batch(world, changes, tmp_path):
+    single = {k: v for k, v in changes.items() if k != "compute__micro_batches"}
+    whole = ranked.gradients(str(tmp_path), single)
+    for shared in distributed.run(ranked.gradients, world, str(tmp_path), changes):
+        for name, expected in whole.items():
+            if expected is None:
+                assert shared[name] is None
+                continue
+            error = (shared[name] - expected).norm() / expected.norm().clamp(min=1e-30)
+            assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_dropped_tokens_do_not_depend_on_the_number_of_processes(tmp_path):
+    changes = {"data__batch_size": 10}
+    kept = [distributed.run(ranked.kept, world, str(tmp_path), changes) for world in (1, 3)]
+    assert torch.equal(torch.cat(kept[0]), torch.cat(kept[1]))
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path):
+    changes = {"model__vision": {"layers": 2, "drop_path": 0.3}, "run__save_every": 3}
+    whole = distributed.run(ranked.run, 2, str(tmp_path / "whole"), changes)
+    distributed.run(ranked.signalled, 2, str(tmp_path / "broken"), changes, 0)
+    resumed = distributed.run(ranked.run, 2, str(tmp_path / "broken"), changes, True)
+    for (outcome, step, expected), (_, _, actual) in zip(whole, resumed, strict=True):
+        assert (outcome, step) == ("finished", 6)
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert all(torch.equal(whole[0][2][name], whole[1][2][name]) for name in whole[0][2])  # on every rank alike
+    for folder in ("whole", "broken"):
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(6))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(victim, tmp_path):
+    for outcome, step, saved in distributed.run(ranked.signalled, 2, str(tmp_path), {}, victim):
+        assert (outcome, step, saved) == ("SIGTERM", 3, 3)
+
+
+def test_data_that_one_process_cannot_read_stops_all(tmp_path):
+    found = distributed.run(ranked.spoilt, 2, str(tmp_path), {}, 1)
+    assert found == [("12 of 40 images are unreadable", 3)] * 2
+    assert checkpoint.load_trainer(checkpoint.latest(tmp_path))["step"] == 3
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_leaves_the_checkpoint_before(world, tmp_path):
+    for words, step in distributed.run(ranked.disk_full, world, str(tmp_path), {"run__save_every": 2}):
+        assert "step-00000004 could not be written: [Errno 28]" in words and "checkpoints before it are whole" in words
+        assert step == 2
+
+
+def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_path):
+    small = (
+        *("--model.vision", "layers", "1", "--model.text", "layers", "1", "--data.batch-size", "16"),
+        *("--run.log-every", "1", "--run.tensorboard", "False", "--compute.threads", "1", "--run.save-every", "1"),
+    )
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"
+
+    def start(*arguments):
+        command = *torchrun, "-m", "evaclip.cli", "train", *arguments
+        return subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    run = tmp_path / "runs/digits"
+    process = start("digits", *small, "--schedule.steps", "1000")
+    for _ in range(1200):
+        if run.is_dir() and len(checkpoint.checkpoints(run)) >= 2:
+            break
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[2]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in output  # torchrun names the dead
+    before = checkpoint.load_trainer(checkpoint.latest(run))["step"]
+    assert before >= 2
+    process = start("runs/digits", "--schedule.steps", str(before + 2))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"continues at step {before}" in output
+    assert checkpoint.load_trainer(checkpoint.latest(run))["step"] == before + 2
