@@ -33,11 +33,12 @@ def test_mfu_is_model_flop_over_time_and_rate(tmp_path, monkeypatch):
     trainer.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
-    config = trainer.model.config
+    config, trainer.waited = trainer.model.config, 0.1
     for step, tokens, frames in ((0, 7, 1), (4, 13, 1), (8, 7, 8)):
         speed = trainer._speed(step, 0.5)
         assert speed["mfu"] == pytest.approx(16 * flops.training(config, tokens, frames) / 0.5 / 312e12)
         assert speed["memory_gb"] == 3
+        assert speed["data_wait"] == pytest.approx(0.2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an unknown one")
     assert "mfu" not in trainer._speed(0, 0.5)
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from evaclip.train.recipe import Data, Mixed, Phase, Recipe, RecipeError, Schedule, load_recipe
 from evaclip.train.scale import tiny
+from evaclip.train.source import Tokenized
 from evaclip.train.trainer import Trainer
 
 
@@ -124,6 +125,7 @@ def test_phases_of_one_data_set_share_it(tmp_path):
     phases = (Phase(share=1), Phase(share=1, patch_drop=0.0))
     schedule = dataclasses.replace(recipe.schedule, steps=4)
     trainer = Trainer(dataclasses.replace(recipe, data=data, phase=phases, schedule=schedule), tmp_path / "run")
+    assert isinstance(trainer.source, Tokenized)
     shades = torch.cat([trainer.source.batch(step)[0].amax((1, 2, 3)) for step in range(4)])
     assert len(shades.unique()) == 20
 

@@ -364,13 +364,17 @@ def build_model(recipe: Recipe, device: str | torch.device) -> CLIP:
     return create_model(model.name, device=device, dtype=dtype, vision=model.vision, text=model.text)
 
 
-def start(model: CLIP, recipe: Model) -> None:
-    """Take over the weights a recipe starts from, and tell what was not taken over as it is.
+def start(model: CLIP, recipe: Model) -> list[str]:
+    """Take over the weights a recipe starts from.
+
+    Returns:
+        sentences about what was not taken over as it is.
 
     Raises:
         RecipeError: a file is missing.
         ValueError: a file does not fit.
     """
+    notes = []
     for key, tower in CHECKPOINTS.items():
         path = getattr(recipe, key)
         if path is None:
@@ -381,8 +385,8 @@ def start(model: CLIP, recipe: Model) -> None:
                 f"model.{key} is {path!r}, and there is no such file; give yours as --model.{option} PATH, or start "
                 f"from random values with --model.{option} None"
             )
-        for note in start_from(model, path, tower):
-            print(note)
+        notes += start_from(model, path, tower)
+    return notes
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

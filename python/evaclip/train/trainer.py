@@ -42,7 +42,9 @@ class Trainer:
         found = checkpoint.latest(folder) if resume else None
         self.model = build_model(recipe, self.device)
         if not found:
-            start(self.model, recipe.model)
+            for note in start(self.model, recipe.model):
+                if self.ranks.first:
+                    print(note)
         self.model.set_checkpointing(recipe.compute.activation_checkpointing)
         if recipe.loss.fixed_logit_scale is not None:
             self.model.logit_scale.requires_grad_(False).fill_(math.log(recipe.loss.fixed_logit_scale))
@@ -142,7 +144,8 @@ class Trainer:
             return None
         patches, keep = vision.patches, vision.tokens(drop) - 1
         # The sample's index in the whole run: ids do not depend on micro-batches or on how many processes there are.
-        first = self.step * self.recipe.data.batch_size + self.ranks.share(self.recipe.data.batch_size).start
+        size = self.recipe.data.batch_size
+        first = self.step * size + self.ranks.share(size).start
         return ek.sample_kept_tokens(batch, patches, keep, seed=self.recipe.run.seed, offset=first, device=self.device)
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +186,8 @@ class Trainer:
         if gpu is not None:
             rate = gpu.rate_fp32 if self.recipe.compute.precision == "fp32" else gpu.rate
             tokens = vision.tokens(stage.patch_drop(step))
-            speed["mfu"] = batch * flops.training(self.model.config, tokens, stage.frames) / seconds / rate
+            work = batch * flops.training(self.model.config, tokens, stage.frames)
+            speed["mfu"] = work / seconds / (rate * self.ranks.world)
         return speed
 
     def _memory(self) -> float:
