@@ -26,7 +26,7 @@ from triton.runtime.jit import JITCallable
 import evakernels as ek
 from benchmarks import harness, resources, smallest, stand_in
 from benchmarks.resources import KIB, RESERVED, SHARED_MEMORY
-from benchmarks.smallest import BF16, HALF, WIDE
+from benchmarks.smallest import BF16, WIDE
 from evakernels import dispatch, jit, native
 
 FIELDS = (
@@ -39,25 +39,19 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half", 
 # Calls that together ask each configuration function for each of its answers. Of equal kernels the first counts.
 CALLS: dict[str, dict[str, Callable[[], None]]] = {
     "norm": {
-        "width 1024": lambda: smallest.norm([1024]),
-        **{f"width {n}": functools.partial(smallest.norm, [n], [(WIDE, BF16)]) for n in (64, 1408, 2730, 6144, 15360)},
-        "width 8192, float32": lambda: smallest.norm([8192], [(WIDE, WIDE)]),
+        f"width {n}": functools.partial(smallest.norm, [n], streams)
+        for n, streams in ((1024, [(BF16, BF16), (WIDE, BF16)]), (2730, [(WIDE, BF16)]), (15360, [(WIDE, BF16)]))
     },
     "swiglu": {
-        "width 2048": lambda: smallest.swiglu([2048]),
-        **{f"width {n}": functools.partial(smallest.swiglu, [n], [BF16]) for n in (64, 1021, 2730, 6144, 15360)},
-        "width 8192, float32": lambda: smallest.swiglu([8192], [WIDE]),
+        f"width {n}": functools.partial(smallest.swiglu, [n], [dtype])
+        for n, dtype in ((2048, WIDE), (2730, BF16), (15360, BF16))
     },
     "attention": {
-        "129 tokens": lambda: smallest.attention(129, dtypes=[BF16]),
-        **{f"{n} tokens": functools.partial(smallest.attention, n, (64, 88, 128), [BF16]) for n in (50, 257, 577)},
-        "257 tokens, float16": lambda: smallest.attention(257, [64], [HALF]),
-        "129 tokens, float32": lambda: smallest.attention(129, (64, 128), [WIDE]),
+        "129 tokens": lambda: smallest.attention(129, (64, 88, 128), [BF16]),
+        "577 tokens": lambda: smallest.attention(577, (64, 128), [BF16]),
+        "129 tokens, float32": lambda: smallest.attention(129, (64,), [WIDE]),
     },
-    "contrastive": {
-        "width 1024": lambda: smallest.contrastive(1024),
-        "width 61": lambda: smallest.contrastive(61, [BF16]),
-    },
+    "contrastive": {"width 1024": lambda: smallest.contrastive(1024, [BF16, WIDE])},
 }
 
 
