@@ -71,3 +71,18 @@ class Largest(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.elements = max(self.elements, x.numel())
         return out
+
+
+INTEGER_CANARY = 1 << 30
+
+
+def in_half_precision(image, text, scale, smoothing=0.0):
+    """The field's formula under autocast: logits from a product in half precision, statistics in float32."""
+    logits, own = (scale * image @ text.t()).float(), torch.arange(len(image))
+    return (sum(F.cross_entropy(x, own, label_smoothing=smoothing) for x in (logits, logits.t())) / 2,)
+
+
+def sigmoid_in_half_precision(image, text, scale, bias):
+    logits = (scale * image @ text.t() + bias).float()
+    labels = 2 * torch.eye(len(image)) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(image)

@@ -50,12 +50,19 @@ def positives(
     image_ptr, text_ptr, scale_ptr, out_ptr, rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = S_ii, out of a whole tile, as the other kernels compute it."""
+    """out[i] = S_ii, out of a whole tile, so that equal features have equal logits here and in the other kernels."""
     STEP: tl.constexpr = min(ROWS, COLUMNS)
     row, column = tl.program_id(0) * STEP + tl.arange(0, ROWS), tl.program_id(0) * STEP + tl.arange(0, COLUMNS)
     logits = _logits(image_ptr, text_ptr, scale_ptr, row, column, rows, rows, WIDTH, ROWS, COLUMNS, K)
     diagonal = tl.sum(tl.where(row[:, None] == column[None, :], logits, 0), 1)
     tl.store(out_ptr + row, diagonal, (tl.arange(0, ROWS) < STEP) & (row < rows))
+
+
+@triton.jit
+def _ordinary(place, column_place, i, j, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether a tile is whole and certainly has no own pair."""
+    apart = (tl.max(column_place, 0) < tl.min(place, 0)) | (tl.min(column_place, 0) > tl.max(place, 0))
+    return apart & ((i + 1) * ROWS <= rows) & ((j + 1) * COLUMNS <= columns)
 
 
 @triton.jit
@@ -90,9 +97,13 @@ def lse_tiles(
     i, j = _tile(rows, columns, ROWS, COLUMNS)
     row, column = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
     logits = _logits(image_ptr, text_ptr, scale_ptr, row, column, rows, columns, WIDTH, ROWS, COLUMNS, K)
-    logits = tl.where((row < rows)[:, None] & (column < columns)[None, :], logits, NOWHERE)
-    last_row = tl.minimum(row, rows - 1)
+    last_row, last_column = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
     positive, place = tl.load(row_positive_ptr + last_row), tl.load(row_place_ptr + last_row)
+    column_place = tl.load(column_place_ptr + last_column)
+    if not _ordinary(place, column_place, i, j, rows, columns, ROWS, COLUMNS):
+        # Own logits are those that everybody knows, to the last bit.
+        logits = tl.where(place[:, None] == column_place[None, :], positive[:, None], logits)
+        logits = tl.where((row < rows)[:, None] & (column < columns)[None, :], logits, NOWHERE)
     maximum, total, beaten = tl.max(logits, 1), _zeros(ROWS), _zeros(ROWS)
 
     quarters = _quarters(logits, ROWS, COLUMNS)
@@ -190,9 +201,7 @@ def softmax_grad_tiles(
     logits = _logits(image_ptr, text_ptr, scale_ptr, row, column, rows, columns, WIDTH, ROWS, COLUMNS, K)
     last_row = tl.minimum(row, rows - 1)
     place, column_place = tl.load(row_place_ptr + last_row), tl.load(column_place_ptr + tl.minimum(column, columns - 1))
-    apart = (tl.max(column_place, 0) < tl.min(place, 0)) | (tl.min(column_place, 0) > tl.max(place, 0))
-    whole = ((i + 1) * ROWS <= rows) & ((j + 1) * COLUMNS <= columns)
-    if not (apart & whole):
+    if not _ordinary(place, column_place, i, j, rows, columns, ROWS, COLUMNS):
         kept = (row < rows)[:, None] & (column < columns)[None, :] & (place[:, None] != column_place[None, :])
         logits = tl.where(kept, logits, NOWHERE)
     if bias_ptr is None:
