@@ -52,6 +52,8 @@ def test_samples_of_a_window_are_mixed_and_windows_are_of_random_shards():
     windows = [order.shards(np.arange(e * 600 + w * 200, e * 600 + (w + 1) * 200)) for e in range(8) for w in range(3)]
     assert all(len(set(w.tolist())) == 4 for w in windows)
     assert len({tuple(sorted(set(w.tolist()))) for w in windows}) > 12
+    numbers = {tuple(order.sample(p)[1] for p in range(w * 200, (w + 1) * 200)) for w in range(24)}
+    assert len(numbers) == 24  # each window is shuffled in its own way
     runs = [int((np.diff(w) == 0).sum()) for w in windows]  # of a shuffled window a quarter of the neighbours
     assert 30 < np.mean(runs) < 70
 
