@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from evaclip.data import DataError
 from evaclip.train import checkpoint
+from evaclip.train.parallel import averaged
 from evaclip.train.recipe import Recipe, load_recipe
 from evaclip.train.step import forward_backward
 from evaclip.train.trainer import Trainer
@@ -38,8 +40,12 @@ def trainer(folder: str, changes: dict, resume: bool = False) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    values = trainer.model.state_dict()
-    return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).clone() for name, v in values.items()}
+    return {name: whole(value).clone() for name, value in trainer.model.state_dict().items()}
+
+
+def whole(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor with its shards of all processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
@@ -47,7 +53,8 @@ def gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
     it = trainer(folder, changes)
     images, ids = it.source.batch(0)
     metrics = forward_backward(it.forward, images, ids, it._kept(len(images)), it.recipe, it.ranks)
-    return {n: p.grad for n, p in it.model.named_parameters()} | metrics
+    averaged(it.model, it.recipe.compute, it.ranks)
+    return {n: whole(p.grad) for n, p in it.model.named_parameters()} | metrics
 
 
 def run(folder: str, changes: dict, resume: bool = False) -> tuple[str, int, dict]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from train import ranked
 
+import evaclip
 from evaclip.train import checkpoint
 
 
@@ -106,3 +108,33 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
     assert process.returncode == 0, output
     assert f"continues at step {before}" in output
     assert checkpoint.load_trainer(checkpoint.latest(run))["step"] == before + 2
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("changes", [{}, {"compute__micro_batches": 2}], ids=["whole", "micro-batches"])
+def test_sharded_processes_have_the_gradients_of_the_whole_batch(parallel, changes, tmp_path):
+    whole = ranked.gradients(str(tmp_path), {})
+    for shared in distributed.run(ranked.gradients, 2, str(tmp_path), changes | {"compute__parallel": parallel}):
+        for name, expected in whole.items():
+            error = (shared[name] - expected).norm() / expected.norm().clamp(min=1e-30)
+            assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
+    changes = {"compute__parallel": "fsdp", "run__save_every": 3}
+    whole = distributed.run(ranked.run, 2, str(tmp_path / "whole"), changes)
+    distributed.run(ranked.signalled, 2, str(tmp_path / "broken"), changes, 1)
+    for world in (2, 3):
+        copy = tmp_path / f"at {world}"
+        shutil.copytree(tmp_path / "broken", copy)
+        resumed = distributed.run(ranked.run, world, str(copy), changes, True)
+        assert [(outcome, step) for outcome, step, _ in resumed] == [("finished", 6)] * world
+        for name, expected in whole[0][2].items():
+            actual = resumed[0][2][name]
+            if world == 2:
+                assert torch.equal(actual, expected), name
+            else:
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    model, _, _ = evaclip.load(tmp_path / "whole")  # sharded weights, in one process
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole[0][2][name]), name
