@@ -110,8 +110,7 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
     assert checkpoint.load_trainer(checkpoint.latest(run))["step"] == before + 2
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "fsdp2"])
-@pytest.mark.parametrize("changes", [{}, {"compute__micro_batches": 2}], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize(("parallel", "changes"), [("fsdp", {"compute__micro_batches": 2}), ("fsdp2", {})])
 def test_sharded_processes_have_the_gradients_of_the_whole_batch(parallel, changes, tmp_path):
     whole = ranked.gradients(str(tmp_path), {})
     for shared in distributed.run(ranked.gradients, 2, str(tmp_path), changes | {"compute__parallel": parallel}):
