@@ -38,13 +38,16 @@ ROWS = (
     Knob("evakernels.ops.rows", "forward_tiles", "forward", ("warps",)),
     Knob("evakernels.ops.rows", "backward_tiles", "backward", ("warps", "stages", "grid")),
 )
-TILE = ("queries", "keys", "warps", "stages")
+ELEMENTS = (Knob("evakernels.ops.rows", "element_tiles", "forward", ("warps",)),)
+ATTENTION, TILE = "evakernels.ops.attention.triton", ("queries", "keys", "warps", "stages")
 KNOBS = {
-    "attention": tuple(
-        Knob("evakernels.ops.attention.triton", f"{mode}_config", mode, TILE) for mode in ("forward", "backward")
+    "attention": (
+        Knob(ATTENTION, "forward_plan", "forward", TILE),
+        Knob(ATTENTION, "queries_plan", "backward", TILE),
+        Knob(ATTENTION, "keys_plan", "backward", TILE),
     ),
     "norm": ROWS,
-    "swiglu": ROWS,
+    "swiglu": ROWS + ELEMENTS,
     "contrastive": (
         Knob("evakernels.ops.contrastive.triton", "config", "both", ("rows", "columns", "k", "warps", "stages")),
     ),

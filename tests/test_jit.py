@@ -1,7 +1,9 @@
 """How Triton kernels are launched: what compiles one anew, what does not, and what a launch hands to the driver."""
 
+import ast
 import warnings
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from benchmarks import bench_launch, harness, stand_in  # noqa: E402
-from evakernels import jit  # noqa: E402
+from evakernels import jit, ops  # noqa: E402
 
 
 @jit.kernel
@@ -183,6 +185,16 @@ def test_interpreted_kernel_computes(dtype, y):
         pytest.skip("Triton compiles here")
     x, _, out = launch(rows=3, dtype=dtype, y=y)
     assert torch.equal(out, x * (1.0 if y else 0.5))
+
+
+def test_no_kernel_says_return_none_which_triton_3_6_does_not_compile():
+    found = []
+    for path in Path(ops.__file__).parent.rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if {"triton.jit", "jit.kernel", "kernel"} & {*map(ast.unparse, getattr(function, "decorator_list", ()))}:
+                lines = (ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Return))
+                found += [f"{path}: {function.name}" for line in lines if line == "return None"]
+    assert not found, "a function that ends without returning anything gives None too"
 
 
 @pytest.mark.parametrize("grid", [(0,), (3, 0), (3, 1, 0)])
