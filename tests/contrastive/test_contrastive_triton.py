@@ -66,8 +66,8 @@ def test_is_as_exact_as_cross_entropy(dtype, scale, smoothing, kind, device):
 @pytest.mark.parametrize("kind", ["random", "collinear", "separated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_as_exact_over_many_tiles_and_chunks(dtype, kind, device, small_tiles):
-    seeds = range(4 if dtype == torch.float32 else 1)
-    assert_as_exact(device, dtype, [(*pairs(75, dtype=dtype, seed=s, kind=kind), 30.0, 0.1) for s in seeds])
+    seeds = range(8 if dtype == torch.float32 else 1)  # a loss is one number: it is right by luck
+    assert_as_exact(device, dtype, [(*pairs(45, dtype=dtype, seed=s, kind=kind), 30.0, 0.1) for s in seeds])
 
 
 @pytest.mark.parametrize("kind", ["collinear", "separated"])

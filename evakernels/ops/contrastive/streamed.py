@@ -13,7 +13,8 @@ FLOP per rank, with b of B samples: 8 b B D (6 for the sigmoid loss). The gradie
 backward has no collective, and nothing but the gradients is kept for it.
 
 What computes a chunk are four functions of a module `tiles` (`reference`, `triton`): `positives`, `statistics`,
-`contrastive_gradients`, `sigmoid_gradients`, and the size of a chunk, `chunk`.
+`contrastive_gradients`, `sigmoid_gradients`, and the size of a chunk, `chunk`. Where it has a true `PRODUCT`,
+`contrastive_gradients` returns <dS, S>, of which the gradient of the scale is made; else it is <image, dimage>.
 """
 
 from collections.abc import Iterator
@@ -293,11 +294,15 @@ def contrastive(
     rows = rows._replace(maximum=by_row.maximum, total=by_row.total)
     share = 0.5 / lay.samples
 
+    product = wide.new_zeros((), dtype=torch.float64) if getattr(tiles, "PRODUCT", False) else None  # <dS, S>
+
     def gradients(k: int, side: Side, dimage: Tensor | None, dtext: Tensor | None) -> None:
         side = side._replace(maximum=by_column[k].maximum, total=by_column[k].total)
-        tiles.contrastive_gradients(rows, side, wide, smoothing, lay.samples, share, dimage, dtext)
+        found = tiles.contrastive_gradients(rows, side, wide, smoothing, lay.samples, share, dimage, dtext)
+        if product is not None:
+            product.add_(found)
 
-    return loss, accuracies, *backpropagated(lay, rows, columns, image, text, wide, wants, gradients)
+    return loss, accuracies, *backpropagated(lay, rows, columns, image, text, wide, wants, gradients, product)
 
 
 def sigmoid(
@@ -379,8 +384,13 @@ def summed(lay, own, of_rows, of_columns, smoothing, image, text, scale) -> tupl
     return loss.to(scale.dtype), total[2:4].to(scale.dtype, copy=True)
 
 
-def backpropagated(lay, rows, columns, image, text, scale, wants, gradients) -> tuple[Tensor, Tensor, Tensor]:
-    """dimage, dtext and dscale of `gradients`, which adds a chunk's dS text and dS' image where they are wanted."""
+def backpropagated(
+    lay, rows, columns, image, text, scale, wants, gradients, product: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dimage, dtext and dscale of `gradients`, which adds a chunk's dS text and dS' image where they are wanted.
+
+    `product` may be <dS, S> when all chunks are through.
+    """
     wants_image, wants_text = wants
     dimage = scale.new_zeros(rows.features.shape) if wants_image else None
     dtext = scale.new_zeros(text.shape if wants_text else 0)
@@ -395,15 +405,17 @@ def backpropagated(lay, rows, columns, image, text, scale, wants, gradients) -> 
         home.arrive()
     dimage = scale.new_empty(0) if dimage is None else own_rows(lay, dimage)
     dscale = scale.new_zeros(())
-    if wants_image or wants_text:
-        dscale = product(*((image, dimage) if wants_image else (text, dtext)))
+    if product is not None:
+        dscale = (product / scale).to(scale.dtype)
+    elif wants_image or wants_text:
+        dscale = multiplied(*((image, dimage) if wants_image else (text, dtext)))
     if CHECK_SCALE and wants_image and wants_text:
-        check_scale(lay, dscale, product(text, dtext), image, dimage)
+        check_scale(lay, dscale, multiplied(text, dtext), image, dimage)
     scale = scale * lay.everyone.size
     return dimage.mul_(scale), dtext.mul_(scale), dscale.mul_(lay.everyone.size)
 
 
-def product(features: Tensor, gradient: Tensor) -> Tensor:
+def multiplied(features: Tensor, gradient: Tensor) -> Tensor:
     """<features, gradient>, some rows at a time: what is made on the way stays small."""
     parts = zip(features.split(PRODUCT), gradient.split(PRODUCT), strict=True)
     return torch.stack([(x.to(dx.dtype) * dx).sum() for x, dx in parts]).sum()

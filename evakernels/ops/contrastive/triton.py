@@ -9,6 +9,7 @@
 softmaxes and the label cancel, is no part of W. And what all features have in common cancels in the sum over a row of
 W, which is almost nothing, but not in that over its roundings: what each row and each column has lost by rounding is
 summed up, and given back in the direction of the mean feature. So is what smoothing subtracts from all weights alike.
+The gradient of the scale comes from W before it is rounded.
 """
 
 import sys
@@ -32,6 +33,7 @@ COLUMNS = 16384
 # for each element of W and 8 D for each of its rows and columns; for 4096 x 16384 in 16 bits at D = 1024 that makes 720
 # FLOP for a byte, and an H100 does 300 in the time of one.
 BYTES = 128 << 20
+PRODUCT = True  # `contrastive_gradients` returns it
 # float16 has its 11 bits from 6e-5 on, and weights are about 2 / n; they are at most 2.
 HALF_SCALE = 2.0**14
 
@@ -44,15 +46,17 @@ class Config(NamedTuple):
     stages: int
 
 
-def config(itemsize: int) -> Config:
-    """The tile, the same in all kernels, so that a logit has the same bits wherever it is computed.
+def config(itemsize: int, capability: tuple[int, int]) -> Config:
+    """The tile, the same in all kernels, so that equal features have equal logits wherever they are computed.
 
     By formula: two programs of 4 warps share a multiprocessor's registers, 255 a thread, of which half hold the 128 x
-    128 sums; while one is at its exponentials the other multiplies. Three stages of both fit the shared memory of an
-    A100 (2 x 64 KiB, as a stage is in registers there) and of an H100 (2 x 96 KiB). float32 is multiplied in true
-    float32, not on tensor cores, and a smaller tile does.
+    128 sums; while one is at its exponentials the other multiplies. The stages of both fit shared memory: 2 x 96 KiB of
+    an H100's, whose tensor cores read 64 elements at a time; 2 x 48 KiB before, where 64 would not leave registers
+    enough. float32 is multiplied in true float32, not on tensor cores, and a smaller tile does.
     """
-    return Config(128, 128, 64, warps=4, stages=3) if itemsize == 2 else Config(64, 64, 32, warps=4, stages=2)
+    if itemsize == 4:
+        return Config(64, 64, 32, warps=4, stages=2)
+    return Config(128, 128, 64, warps=4, stages=3) if capability >= (9, 0) else Config(128, 128, 32, warps=4, stages=4)
 
 
 def chunk(rows: int, ranks: int, features: Tensor) -> int:
@@ -102,7 +106,7 @@ def narrowed(gradient: Tensor, width: int) -> Tensor:
 
 def positives(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """(b,): the diagonal of S, bit for bit as the tiles have it."""
-    out, tile = scale.new_empty(len(image)), config(image.element_size())
+    out, tile = scale.new_empty(len(image)), _config(image)
     grid = (triton.cdiv(len(image), min(tile.rows, tile.columns)),)
     jit.launch(kernels.positives, grid, image, text, scale, out, len(image), **_options(tile, image))
     return out
@@ -110,7 +114,7 @@ def positives(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 def statistics(rows: Side, columns: Side, scale: Tensor) -> tuple[Statistics, Statistics]:
     """Of the rows and of the columns of a block of S."""
-    image, text, tile = rows.features, columns.features, config(rows.features.element_size())
+    image, text, tile = rows.features, columns.features, _config(rows.features)
     down, across = triton.cdiv(len(image), tile.rows), triton.cdiv(len(text), tile.columns)
     of_rows, of_columns = scale.new_empty(3, across, len(image)), scale.new_empty(3, down, len(text))
     jit.launch(
@@ -131,20 +135,34 @@ def _all_tiles(of_tiles: Tensor) -> Statistics:
 def contrastive_gradients(
     rows: Side, columns: Side, scale: Tensor, smoothing: float, samples: int, share: float,
     dimage: Tensor | None, dtext: Tensor | None,
-) -> None:  # fmt: skip
-    """Add share * W text to dimage and share * W' image to dtext, where they are wanted."""
-    _add_products(rows, columns, scale, None, 2 * smoothing / samples, share, dimage, dtext)
+) -> Tensor:  # fmt: skip
+    """Add share * W text to dimage and share * W' image to dtext, where they are wanted; returns share * <W, S>.
+
+    Softmaxes sum to one, and a sample has two of them and two labels: <W, S> is a mean of what the logits of rows and
+    columns are above the own one, and is summed up so, in float64, lest all that they have in common cancels.
+    """
+    uniform = 2 * smoothing / samples
+    product = _add_products(rows, columns, scale, None, uniform, share, dimage, dtext)[0]
+    if smoothing:
+        means = (side.features.mean(0, dtype=torch.float64) for side in (rows, columns))
+        product -= uniform * len(rows.features) * len(columns.features) * scale * torch.dot(*means)
     for i, j in own_pairs(rows, columns):
         w = -2 * (1 - smoothing)
         for side, part in ((rows, i), (columns, j)):
-            w = w + (side.positive[part] - side.maximum[part]).exp_() / side.total[part]
+            below = side.positive[part] - side.maximum[part]
+            probability = below.exp() / side.total[part]
+            product += (below * (probability - 1)).sum(dtype=torch.float64)
+            w = w + probability
+        if smoothing:
+            product += 2 * smoothing * rows.positive[i].sum(dtype=torch.float64)
         _add_own(w, rows, columns, i, j, share, dimage, dtext)
+    return product * share
 
 
 def sigmoid_gradients(
     rows: Side, columns: Side, scale: Tensor, bias: Tensor, share: float, dimage: Tensor | None, dtext: Tensor | None
 ) -> Tensor:
-    """As `contrastive_gradients`; returns, in float64, the sums of the losses and of W over the block."""
+    """As `contrastive_gradients`, but returns, in float64, the sums of the losses and of W over the block."""
     bias = bias.to(scale.dtype).reshape(())
     sums = _add_products(rows, columns, scale, bias, 0.0, share, dimage, dtext)
     for i, j in own_pairs(rows, columns):
@@ -156,8 +174,8 @@ def sigmoid_gradients(
 
 
 def _add_products(rows, columns, scale, bias, uniform, share, dimage, dtext) -> Tensor:
-    """Of all pairs that are no sample's own; for the sigmoid loss, which has a bias, its sums and those of W."""
-    image, text, tile = rows.features, columns.features, config(rows.features.element_size())
+    """Of all pairs that are no sample's own; returns the kernel's sums, float64. The sigmoid loss has a bias."""
+    image, text, tile = rows.features, columns.features, _config(rows.features)
     row_place, column_place = rows.places(), columns.places()
     wanted, rounds = dimage is not None or dtext is not None, image.dtype != torch.float32
     height, pitch = weights_at_a_time(len(image), len(text), image.element_size(), tile) if wanted else (len(image), 0)
@@ -172,7 +190,7 @@ def _add_products(rows, columns, scale, bias, uniform, share, dimage, dtext) -> 
         part = slice(begin, min(begin + height, len(image)))
         length = part.stop - begin
         down, across = triton.cdiv(length, tile.rows), triton.cdiv(len(text), tile.columns)
-        of_tiles = None if bias is None else scale.new_empty(down * across, 2)
+        of_tiles = scale.new_empty(down * across, 2)
         row_lost = scale.new_empty(across, length) if rounds and dimage is not None else None
         column_lost = scale.new_empty(down, len(text)) if rounds and dtext is not None else None
         jit.launch(
@@ -183,8 +201,7 @@ def _add_products(rows, columns, scale, bias, uniform, share, dimage, dtext) -> 
             **_options(tile, image),
             W_SCALE=w_scale,
         )
-        if of_tiles is not None:
-            sums += of_tiles.sum(0, dtype=torch.float64)
+        sums += of_tiles.sum(0, dtype=torch.float64)
         if w is not None:
             weights = w[:length, : len(text)]
             if dimage is not None:
@@ -233,6 +250,10 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype), alpha=alpha)
+
+
+def _config(features: Tensor) -> Config:
+    return config(features.element_size(), jit.capability(features.device))
 
 
 def _options(tile: Config, features: Tensor) -> dict:

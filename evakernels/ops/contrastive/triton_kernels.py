@@ -190,8 +190,9 @@ def softmax_grad_tiles(
 ):  # fmt: skip
     """Of a tile of S the weights W of the pairs that are no sample's own; what is None is not computed.
 
-        contrastive   W = softmax over the row + softmax over the column
-        sigmoid       W = sigmoid(S + bias),   and sums (tiles, 2) gets those of the loss and of W
+        contrastive   W = P + Q,   P = softmax over the row, Q = softmax over the column;
+                      sums (tiles, 2) gets that of P (S - maximum of the row) + Q (S - maximum of the column), and 0
+        sigmoid       W = sigmoid(S + bias);   sums gets those of the loss and of W
 
     w (rows, 8 * eighths) gets W_SCALE * W, rounded. What rounding took from rows goes to row_lost (blocks of columns,
     rows), from columns to column_lost (blocks of rows, columns).
@@ -206,7 +207,7 @@ def softmax_grad_tiles(
         logits = tl.where(kept, logits, NOWHERE)
     if bias_ptr is None:
         maximum, share = tl.load(row_maximum_ptr + last_row), 1 / tl.load(row_total_ptr + last_row)
-    row_lost, losses, weights = _zeros(ROWS), _zeros(ROWS), _zeros(ROWS)
+    row_lost, first, second = _zeros(ROWS), _zeros(ROWS), _zeros(ROWS)
 
     quarters = _quarters(logits, ROWS, COLUMNS)
     for q in tl.static_range(4):
@@ -214,13 +215,16 @@ def softmax_grad_tiles(
         if bias_ptr is None:
             last_column = tl.minimum(column, columns - 1)
             column_share = 1 / tl.load(column_total_ptr + last_column)
-            w = tl.exp(part - tl.load(column_maximum_ptr + last_column)[None, :]) * column_share[None, :]
-            w += tl.exp(part - maximum[:, None]) * share[:, None]
+            below_row = part - maximum[:, None]
+            below_column = part - tl.load(column_maximum_ptr + last_column)[None, :]
+            by_row, by_column = tl.exp(below_row) * share[:, None], tl.exp(below_column) * column_share[None, :]
+            first += tl.sum(by_row * below_row + by_column * below_column, 1)
+            w = by_row + by_column
         else:
             z = part + tl.load(bias_ptr)
-            losses += tl.sum(_softplus(z), 1)
+            first += tl.sum(_softplus(z), 1)
             w = 1 / (1 + tl.exp(-z))
-            weights += tl.sum(w, 1)
+            second += tl.sum(w, 1)
         if w_ptr is not None:
             rounded = (w * W_SCALE).to(w_ptr.dtype.element_ty)
             at = row[:, None] * (8 * eighths) + column[None, :]
@@ -232,6 +236,5 @@ def softmax_grad_tiles(
                 tl.store(column_lost_ptr + i.to(tl.int64) * columns + column, tl.sum(lost, 0), column < columns)
     if row_lost_ptr is not None:
         tl.store(row_lost_ptr + j.to(tl.int64) * rows + row, row_lost, row < rows)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + 2 * tl.program_id(0), tl.sum(losses, 0))
-        tl.store(sums_ptr + 2 * tl.program_id(0) + 1, tl.sum(weights, 0))
+    tl.store(sums_ptr + 2 * tl.program_id(0), tl.sum(first, 0))
+    tl.store(sums_ptr + 2 * tl.program_id(0) + 1, tl.sum(second, 0))
