@@ -90,7 +90,7 @@ def forward_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: D
     """
     rows = _rows_of_a_block(tokens)
     if size == 4:  # no tensor cores: operands are in registers, whose number decides
-        return Plan(32, 32, 8, 1)
+        return Plan(32, 16, 4, 1)
     if device.warpgroups:
         turns = rotated and -(-tokens // rows) <= 4
         return Plan(rows, 64, rows // 16, 1 if turns else 3, turns)
@@ -102,7 +102,7 @@ def forward_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: D
 def queries_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> Plan:
     """Of the backward kernel that makes dq of a block of queries."""
     if size == 4:
-        return Plan(32 if head_dim <= 96 else 16, 16, 8, 1)
+        return Plan(16, 16, 4 if head_dim <= 96 else 8, 1)
     if not device.warpgroups:
         return Plan(64, 32, 4, 2)
     rows = _rows_of_a_block(tokens)
@@ -113,7 +113,7 @@ def queries_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: D
 def keys_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> Plan:
     """Of the backward kernel that makes dk and dv of a block of keys."""
     if size == 4:
-        return Plan(16, 32, 8, 1)
+        return Plan(16, 16, 4, 1)
     if not device.warpgroups:
         return Plan(32 if head_dim <= 80 else 16, 64, 4, 2)
     if makes_dq(tokens, head_dim, size, rotated, device):
