@@ -313,7 +313,7 @@ def test_every_length_has_a_plan(monkeypatch, head_dim, gpu):
 
 
 @pytest.mark.parametrize("head_dim", range(32, 129, 8))
-def test_no_more_than_an_eighth_of_the_channels_computed_is_padding(head_dim):
+def test_no_more_than_a_fifth_of_the_channels_computed_is_padding(head_dim):
     from evakernels.ops.attention.triton_tiles import firsts, widths
 
     cuts, starts = widths(head_dim), firsts(head_dim)
