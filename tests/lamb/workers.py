@@ -198,9 +198,10 @@ def trained(how: str, dtype: torch.dtype, scaler: bool, options: dict):
         optimizer.zero_grad()
         loss = grad_scaler.scale(model(x).square().mean())
         loss.backward()
-        if scaler and t == 1:  # on one rank alone
+        if scaler and t == 1:  # in the first shard alone
             grad = model.first.weight.grad
-            _local(grad)[:1] = torch.inf if how == "whole" or dist.get_rank() == 0 else 1.0
+            if how == "whole" or dist.get_rank() % (2 if how == "hsdp" else dist.get_world_size()) == 0:
+                _local(grad)[:1] = torch.inf
         grad_scaler.step(optimizer)
         grad_scaler.update()
     return [full(p) for p in model.parameters()], optimizer.grad_norm, grad_scaler.get_scale() if scaler else None
