@@ -245,7 +245,7 @@ def test_fast_decoding_is_nearer_to_exact_than_bilinear_resizing_or_half_a_pixel
 def test_fast_decoding_reads_no_more_of_a_jpeg_than_it_needs(side, read, monkeypatch):
     """The crop is at least 90 % of the area: a side of 64 is cut from twice 64 pixels only where the box allows it."""
     sizes = []
-    monkeypatch.setattr("evaclip.data.preprocess.random_crop", lambda w, h, random: (0, 0, w, h))
+    monkeypatch.setattr("evaclip.data.preprocess.random_crop", lambda w, h, random, scale: (0, 0, w, h))
     monkeypatch.setattr("evaclip.data.preprocess.read_image", lambda image, channels: sizes.append(image.size) or image)
     data = picture(side, side)
     image_transform(64, mode="train").random_pixels(data, np.random.default_rng(0), decode="fast", name="x")

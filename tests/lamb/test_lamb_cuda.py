@@ -7,7 +7,8 @@ from itertools import pairwise
 import numerics
 import pytest
 import torch
-from lamb.test_lamb_step import DEEPSPEED, GRADIENTS, PUBLISHED, RULES, START, random, run
+from lamb.by_hand import DEEPSPEED, RULES, random
+from lamb.test_lamb_step import GRADIENTS, PUBLISHED, START, run
 from torch.library import opcheck
 
 import evakernels as ek

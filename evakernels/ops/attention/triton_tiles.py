@@ -110,8 +110,6 @@ def angles_of(rotation, sample, token, tokens, D: tl.constexpr, TURN: tl.constex
         patch = tl.minimum(tl.maximum(patch, 0), patches - 1).to(tl.int32)  # whatever memory holds
         row = patch // width
         return rows_ptr + row * (D // 2), columns_ptr + (patch - row * width) * (D // 2), turned
-    else:
-        return None
 
 
 @triton.jit
