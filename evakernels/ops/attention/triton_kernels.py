@@ -209,9 +209,9 @@ def differentiate_keys(
     k, v, dk, dv, q_at, out_ptr, dout_at, dq_at, q_token, dout_token, dq_token, lse_ptr, delta_ptr,
     rotation, sample, head, heads, key, start, tokens, scale,
     D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr, TURN: tl.constexpr,
-    TURN_BACK: tl.constexpr, HALVES: tl.constexpr, EDGE: tl.constexpr,
+    HALVES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with QUERIES more queries; where the keys are WHOLE, also those queries' dq."""
+    """dk and dv with QUERIES more queries; where the keys are WHOLE, and come as they are, also those queries' dq."""
     query, row = start + tl.arange(0, QUERIES), sample * heads + head
     angles = angles_of(rotation, sample, query, tokens, D, TURN)
     q = load_tile(rows_at(q_at, start, q_token, QUERIES), query < tokens, angles, D, HALVES, EDGE)
@@ -255,10 +255,8 @@ def backward_keys(
     k = load_tile(k_at, key < tokens, angles, D, HALVES, True)
     v_at = rows_at(head_at(v_ptr, sample, head, v_sample, v_head), first, v_token, KEYS)
     v = load_tile(v_at, key < tokens, None, D, False, True)
-    q_at, dout_at = (
-        head_at(q_ptr, sample, head, q_sample, q_head),
-        head_at(dout_ptr, sample, head, dout_sample, dout_head),
-    )
+    q_at = head_at(q_ptr, sample, head, q_sample, q_head)
+    dout_at = head_at(dout_ptr, sample, head, dout_sample, dout_head)
     dq_at = head_at(dq_ptr, sample, head, dq_sample, dq_head)
 
     # Tiles of queries that see all of these keys; and others: on the diagonal, and the last.
@@ -276,14 +274,14 @@ def backward_keys(
             dk, dv = differentiate_keys(
                 k, v, dk, dv, q_at, out_ptr, dout_at, dq_at, q_token, dout_token, dq_token, lse_ptr,
                 delta_ptr, rotation, sample, head, heads, key, start, tokens, scale,
-                D, QUERIES, CAUSAL, WHOLE, TURN, TURN_BACK, HALVES, False,
+                D, QUERIES, CAUSAL, WHOLE, TURN, HALVES, False,
             )  # fmt: skip
     for i in tl.range(0, diagonals + last, num_stages=1):
         start = tl.where(i < diagonals, diagonal + i * QUERIES, whole)
         dk, dv = differentiate_keys(
             k, v, dk, dv, q_at, out_ptr, dout_at, dq_at, q_token, dout_token, dq_token, lse_ptr,
             delta_ptr, rotation, sample, head, heads, key, start, tokens, scale,
-            D, QUERIES, CAUSAL, WHOLE, TURN, TURN_BACK, HALVES, True,
+            D, QUERIES, CAUSAL, WHOLE, TURN, HALVES, True,
         )  # fmt: skip
 
     angles = angles_of(rotation, sample, key, tokens, D, TURN_BACK)
