@@ -184,7 +184,7 @@ def test_repeats_and_packed_and_separate_are_equal_bitwise(each_plan, tokens, he
     assert dqkv.is_contiguous() and torch.equal(dqkv, torch.stack(expected, 2))
 
 
-@pytest.mark.parametrize(("tokens", "head_dim", "causal"), [(1, 32, True), (17, 88, True), (70, 64, False)])
+@pytest.mark.parametrize(("tokens", "head_dim", "causal"), [(1, 32, True), (17, 88, True), (70, 72, False)])
 def test_neighbours_in_memory_are_neither_read_nor_written(each_plan, monkeypatch, tokens, head_dim, causal):
     inputs = [random(1, tokens, 2, head_dim, dtype=torch.bfloat16, seed=s, device=each_plan) for s in range(4)]
     rope = rope_of(tokens, head_dim, each_plan, interleaved=not causal)
@@ -230,7 +230,8 @@ def test_the_backward_operator_takes_what_it_is_given(device):
 
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float32), (88, torch.bfloat16), (40, torch.float16)])
-def test_the_rotation_alone_is_as_exact_as_one_rounding_of_float32(device, head_dim, dtype, interleaved):
+def test_the_rotation_alone_is_as_exact_as_one_rounding_of_float32(device, monkeypatch, head_dim, dtype, interleaved):
+    monkeypatch.setattr(native, "multiprocessors", lambda device: 1)  # few programs, which share heads unevenly
     rope = ek.Rope2d((5, 8), head_dim, prefix_tokens=2, interleaved=interleaved).to(device)
     packed = random(2, 37, 3, 3, head_dim, dtype=dtype, device=device)
     kept, dout = kept_of(2, 40, 35, device), random(2, 37, 3, head_dim, dtype=dtype, seed=1, device=device)

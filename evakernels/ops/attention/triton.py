@@ -95,8 +95,8 @@ def forward_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: D
         turns = rotated and -(-tokens // rows) <= 4
         return Plan(rows, 64, rows // 16, 1 if turns else 3, turns)
     if rotated and tokens <= 64:
-        return Plan(64, 32, 4, 1, True)
-    return Plan(rows, 64 if head_dim <= 96 or rows == 64 else 32, rows // 16, 2)
+        return Plan(64, 16 if head_dim in (40, 48, 72) else 32, 4, 1, True)  # 32 spill a few bytes there
+    return Plan(rows, 64 if head_dim <= 96 and rows == 128 else 32, rows // 16, 2)
 
 
 def queries_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> Plan:
@@ -115,7 +115,7 @@ def keys_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Devi
     if size == 4:
         return Plan(16, 16, 4, 1)
     if not device.warpgroups:
-        return Plan(32 if head_dim <= 80 else 16, 64, 4, 2)
+        return Plan(32 if head_dim <= 32 or 48 < head_dim <= 80 else 16, 64, 4, 2)
     if makes_dq(tokens, head_dim, size, rotated, device):
         return Plan(32, 64, 4, 1, rotated) if tokens <= 64 else Plan(64, 128, 8, 1, rotated)
     rows = _rows_of_a_block(tokens) if head_dim <= 96 else 128

@@ -180,8 +180,7 @@ def backward_queries(
     angles = angles_of(rotation, sample, query, tokens, D, TURN)
     q_at = rows_at(head_at(q_ptr, sample, head, q_sample, q_head), first, q_token, QUERIES)
     q = load_tile(q_at, query < tokens, angles, D, HALVES, True)
-    # An infinite sum gives the queries that do not exist no weights.
-    lse = statistic(lse_ptr, row, query, tokens, float("inf"), True) * LOG2_E
+    lse = statistic(lse_ptr, row, query, tokens, True) * LOG2_E
     k_at, v_at = head_at(k_ptr, sample, head, k_sample, k_head), head_at(v_ptr, sample, head, v_sample, v_head)
 
     whole, end = tokens // KEYS * KEYS, tokens
@@ -211,7 +210,10 @@ def differentiate_keys(
     D: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr, TURN: tl.constexpr,
     HALVES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with QUERIES more queries; where the keys are WHOLE, and come as they are, also those queries' dq."""
+    """dk and dv with QUERIES more queries; where the keys are WHOLE, and come as they are, also those queries' dq.
+
+    Queries that do not exist add nothing: what they would add is times their q or dout, which are 0.
+    """
     query, row = start + tl.arange(0, QUERIES), sample * heads + head
     angles = angles_of(rotation, sample, query, tokens, D, TURN)
     q = load_tile(rows_at(q_at, start, q_token, QUERIES), query < tokens, angles, D, HALVES, EDGE)
@@ -222,8 +224,8 @@ def differentiate_keys(
         )
         delta = row_sums(out, dout)
     else:
-        delta = statistic(delta_ptr, row, query, tokens, 0.0, EDGE)
-    lse = statistic(lse_ptr, row, query, tokens, float("inf"), EDGE) * LOG2_E
+        delta = statistic(delta_ptr, row, query, tokens, EDGE)
+    lse = statistic(lse_ptr, row, query, tokens, EDGE) * LOG2_E
     weight = tl.exp2(over_channels(k, q) * (scale * LOG2_E) - lse[None, :])  # a row has one key's
     if WHOLE or (EDGE and CAUSAL):
         weight = tl.where(sees(query[None, :], key[:, None], tokens, CAUSAL), weight, 0.0)

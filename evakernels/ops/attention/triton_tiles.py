@@ -67,9 +67,9 @@ def contiguous_at(pointer, sample, head, first, tokens, heads, R: tl.constexpr, 
 
 
 @triton.jit
-def statistic(pointer, row, token, tokens, other, EDGE: tl.constexpr):
+def statistic(pointer, row, token, tokens, EDGE: tl.constexpr):
     if EDGE:
-        return tl.load(pointer + row * tokens + token, mask=token < tokens, other=other)
+        return tl.load(pointer + row * tokens + token, mask=token < tokens, other=0.0)
     else:
         return tl.load(pointer + row * tokens + token)
 
