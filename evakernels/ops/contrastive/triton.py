@@ -136,11 +136,7 @@ def contrastive_gradients(
     rows: Side, columns: Side, scale: Tensor, smoothing: float, samples: int, share: float,
     dimage: Tensor | None, dtext: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Add share * W text to dimage and share * W' image to dtext, where they are wanted; returns share * <W, S>.
-
-    Softmaxes sum to one, and a sample has two of them and two labels: <W, S> is a mean of what the logits of rows and
-    columns are above the own one, and is summed up so, in float64, lest all that they have in common cancels.
-    """
+    """Add share * W text to dimage and share * W' image to dtext, where they are wanted; returns share * <W, S>."""
     uniform = 2 * smoothing / samples
     product = _add_products(rows, columns, scale, None, uniform, share, dimage, dtext)[0]
     if smoothing:
@@ -149,12 +145,8 @@ def contrastive_gradients(
     for i, j in own_pairs(rows, columns):
         w = -2 * (1 - smoothing)
         for side, part in ((rows, i), (columns, j)):
-            below = side.positive[part] - side.maximum[part]
-            probability = below.exp() / side.total[part]
-            product += (below * (probability - 1)).sum(dtype=torch.float64)
-            w = w + probability
-        if smoothing:
-            product += 2 * smoothing * rows.positive[i].sum(dtype=torch.float64)
+            w = w + (side.positive[part] - side.maximum[part]).exp_() / side.total[part]
+        product += torch.dot(w.double(), rows.positive[i].double())
         _add_own(w, rows, columns, i, j, share, dimage, dtext)
     return product * share
 

@@ -190,8 +190,7 @@ def softmax_grad_tiles(
 ):  # fmt: skip
     """Of a tile of S the weights W of the pairs that are no sample's own; what is None is not computed.
 
-        contrastive   W = P + Q,   P = softmax over the row, Q = softmax over the column;
-                      sums (tiles, 2) gets that of P (S - maximum of the row) + Q (S - maximum of the column), and 0
+        contrastive   W = softmax over the row + softmax over the column;   sums (tiles, 2) gets <W, S> and 0
         sigmoid       W = sigmoid(S + bias);   sums gets those of the loss and of W
 
     w (rows, 8 * eighths) gets W_SCALE * W, rounded. What rounding took from rows goes to row_lost (blocks of columns,
@@ -215,11 +214,9 @@ def softmax_grad_tiles(
         if bias_ptr is None:
             last_column = tl.minimum(column, columns - 1)
             column_share = 1 / tl.load(column_total_ptr + last_column)
-            below_row = part - maximum[:, None]
-            below_column = part - tl.load(column_maximum_ptr + last_column)[None, :]
-            by_row, by_column = tl.exp(below_row) * share[:, None], tl.exp(below_column) * column_share[None, :]
-            first += tl.sum(by_row * below_row + by_column * below_column, 1)
-            w = by_row + by_column
+            w = tl.exp(part - tl.load(column_maximum_ptr + last_column)[None, :]) * column_share[None, :]
+            w += tl.exp(part - maximum[:, None]) * share[:, None]
+            first += tl.sum(w * part, 1)
         else:
             z = part + tl.load(bias_ptr)
             first += tl.sum(_softplus(z), 1)
