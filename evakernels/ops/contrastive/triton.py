@@ -136,17 +136,21 @@ def contrastive_gradients(
     rows: Side, columns: Side, scale: Tensor, smoothing: float, samples: int, share: float,
     dimage: Tensor | None, dtext: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Add share * W text to dimage and share * W' image to dtext, where they are wanted; returns share * <W, S>."""
+    """Add share * W text to dimage and share * W' image to dtext, where they are wanted; returns <share W, S - middle>.
+
+    Without middle, nearly equal logits would cancel in <W, S>.
+    """
     uniform = 2 * smoothing / samples
     product = _add_products(rows, columns, scale, None, uniform, share, dimage, dtext)[0]
     if smoothing:
         means = (side.features.mean(0, dtype=torch.float64) for side in (rows, columns))
-        product -= uniform * len(rows.features) * len(columns.features) * scale * torch.dot(*means)
+        pairs = len(rows.features) * len(columns.features)
+        product -= uniform * pairs * (scale * torch.dot(*means) - rows.middle)
     for i, j in own_pairs(rows, columns):
-        w = -2 * (1 - smoothing)
-        for side, part in ((rows, i), (columns, j)):
-            w = w + (side.positive[part] - side.maximum[part]).exp_() / side.total[part]
-        product += torch.dot(w.double(), rows.positive[i].double())
+        both = ((rows, i), (columns, j))
+        softmaxes = [(side.positive[part] - side.maximum[part]).exp_() / side.total[part] for side, part in both]
+        w = softmaxes[0] + softmaxes[1] - 2 * (1 - smoothing)
+        product += torch.dot(w.double(), rows.positive[i].double() - rows.middle)
         _add_own(w, rows, columns, i, j, share, dimage, dtext)
     return product * share
 
@@ -186,7 +190,7 @@ def _add_products(rows, columns, scale, bias, uniform, share, dimage, dtext) -> 
         row_lost = scale.new_empty(across, length) if rounds and dimage is not None else None
         column_lost = scale.new_empty(down, len(text)) if rounds and dtext is not None else None
         jit.launch(
-            *(kernels.softmax_grad_tiles, (down * across,), image[part], text, scale, bias),
+            *(kernels.softmax_grad_tiles, (down * across,), image[part], text, scale, bias, rows.middle),
             *(None if x is None else x[part] for x in (rows.maximum, rows.total)),
             *(columns.maximum, columns.total, row_place[part], column_place, w, row_lost, column_lost, of_tiles),
             *(length, len(text), pitch // 8),
