@@ -42,7 +42,8 @@ class Config(NamedTuple):
     rows: int  # of a tile of S
     columns: int
     k: int  # how much of the features' width is multiplied at a time
-    warps: int
+    warps: int  # of a program of `lse_tiles`
+    gradient_warps: int  # of `softmax_grad_tiles`
     stages: int
 
 
@@ -51,12 +52,14 @@ def config(itemsize: int, capability: tuple[int, int]) -> Config:
 
     By formula: two programs of 4 warps share a multiprocessor's registers, 255 a thread, of which half hold the 128 x
     128 sums; while one is at its exponentials the other multiplies. The stages of both fit shared memory: 2 x 96 KiB of
-    an H100's, whose tensor cores read 64 elements at a time; 2 x 48 KiB before, where 64 would not leave registers
-    enough. float32 is multiplied in true float32, not on tensor cores, and a smaller tile does.
+    an H100's, whose tensor cores read 64 elements at a time, 2 x 48 KiB before. `softmax_grad_tiles` has more to hold
+    and more variants, of which some would not fit 255 registers: it has the sums in twice as many threads, and a
+    multiprocessor for itself. float32 is multiplied in true float32, not on tensor cores, and a smaller tile does.
     """
     if itemsize == 4:
-        return Config(64, 64, 32, warps=4, stages=2)
-    return Config(128, 128, 64, warps=4, stages=3) if capability >= (9, 0) else Config(128, 128, 32, warps=4, stages=4)
+        return Config(64, 64, 32, warps=4, gradient_warps=4, stages=2)
+    k, stages = (64, 3) if capability >= (9, 0) else (32, 4)
+    return Config(128, 128, k, warps=4, gradient_warps=8, stages=stages)
 
 
 def chunk(rows: int, ranks: int, features: Tensor) -> int:
@@ -194,7 +197,7 @@ def _add_products(rows, columns, scale, bias, uniform, share, dimage, dtext) -> 
             *(None if x is None else x[part] for x in (rows.maximum, rows.total)),
             *(columns.maximum, columns.total, row_place[part], column_place, w, row_lost, column_lost, of_tiles),
             *(length, len(text), pitch // 8),
-            **_options(tile, image),
+            **_options(tile, image) | {"warps": tile.gradient_warps},
             W_SCALE=w_scale,
         )
         sums += of_tiles.sum(0, dtype=torch.float64)
