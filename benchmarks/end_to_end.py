@@ -1,7 +1,7 @@
 """A whole training step: evaclip's model, loss and optimizer against open_clip's, eager and compiled.
 
-`python -m benchmarks --family end_to_end` on one device; `torchrun --nproc-per-node N -m benchmarks.end_to_end` on
-several, with each way to spread the model over them.
+`python -m benchmarks --family end_to_end` on one device; `torchrun --nproc-per-node N -m benchmarks.end_to_end
+[--quick]` on several, with each way to spread the model over them.
 
 A step has images and captions at hand and does what the trainers do with them: both towers, the loss of the whole
 batch, backward passes, the clip of the gradients and the update. FLOP are those of `evaclip.flops`, of matrix products
@@ -9,7 +9,9 @@ without anything computed twice; the share is of the rate of one large product i
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
+from itertools import count, groupby
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -69,10 +71,10 @@ CASES = {"cuda": ON_GPU, "cpu": ON_CPU}
 def batch_of(case: Case, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """This process's images and captions."""
     config, share = configure(case.model), ranks.share(case.batch)
-    count = share.stop - share.start
+    own = share.stop - share.start
     torch.manual_seed(ranks.rank)
-    images = torch.randn(count, config.vision.channels, *config.vision.image, device=harness.device())
-    ids = torch.randint(1, config.text.vocabulary - 1, (count, config.text.context), device=harness.device())
+    images = torch.randn(own, config.vision.channels, *config.vision.image, device=harness.device())
+    ids = torch.randint(1, config.text.vocabulary - 1, (own, config.text.context), device=harness.device())
     ids[:, -1] = config.text.vocabulary - 1  # the largest id ends a caption
     return images, ids
 
@@ -99,7 +101,7 @@ def evaclips(case: Case, ranks: Ranks, parallel: str = "ddp") -> Callable[[], ob
         optimizer = build_optimizer(model, given.optimizer)
         return given, model, module, optimizer, *batch_of(case, ranks)
 
-    steps = iter(range(10**9))
+    steps = count()
 
     def step() -> Tensor:
         given, model, module, optimizer, images, ids = ready()
@@ -193,13 +195,10 @@ def rows(quick: bool, ranks: Ranks = Ranks()) -> Iterator[dict]:  # noqa: B008  
 def main() -> None:
     """The steps of several processes, as torchrun starts them; the first prints."""
     ranks, _ = join("auto", minutes=10)
-    case: list[dict] = []
-    for row in rows(quick=False, ranks=ranks):
-        if case and row["shape"] != case[0]["shape"]:
-            harness.show(case) if ranks.first else None
-            case = []
-        case.append(row)
-    harness.show(case) if ranks.first else None
+    for _, case in groupby(rows("--quick" in sys.argv[1:], ranks), key=lambda row: row["shape"]):
+        found = list(case)
+        if ranks.first:
+            harness.show(found)
     leave()
 
 
