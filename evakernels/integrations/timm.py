@@ -256,14 +256,14 @@ def swiglu_forward(self, x):
 
 
 def packed_swiglu_forward(self, x):
-    normed = type(self.norm) is not nn.Identity
-    if normed and not bare(self.norm):
+    norm = None if type(self.norm) is nn.Identity else self.norm
+    if norm is not None and not bare(norm):
         return original(self).forward(self, x)
     gate, up = self.fc1(x).chunk(2, -1)
     if self.gate_last:
         gate, up = up, gate
-    norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-    return self.drop2(self.fc2(swiglu_norm(gate, up, *norm) if normed else swiglu(gate, up)))
+    y = swiglu(gate, up) if norm is None else swiglu_norm(gate, up, norm.weight, norm.bias, norm.eps)
+    return self.drop2(self.fc2(y))
 
 
 def patch_dropout_forward(self, x):
