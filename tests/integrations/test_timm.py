@@ -53,7 +53,7 @@ def pair(request):
     return untouched, *twin(untouched)
 
 
-@pytest.fixture(scope="module", params=["EVA02-B", "other"])
+@pytest.fixture(scope="module", params=["EVA02-B", "EVA02-E", "other"])
 def dropping(request):
     untouched = make(request.param, **DROPS)
     return untouched, twin(untouched)[0]
@@ -71,6 +71,15 @@ def test_outputs_and_gradients_are_those_of_the_untouched_model(pair, training, 
     untouched.train(training)
     replaced.train(training)
     twins.assert_same(untouched, replaced, call, twins.images(size(untouched)), autocast=autocast)
+
+
+def test_norms_that_feed_products_alone_have_their_dtype_under_autocast():
+    replaced, _ = twin(make("EVA02-B"))
+    x = torch.randn(2, 3, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        block = replaced.blocks[0]
+        assert {norm(x).dtype for norm in (block.norm1, block.norm2, block.attn.norm)} == {torch.bfloat16}
+        assert replaced.norm(x).dtype == torch.float32
 
 
 def test_parameters_buffers_and_classes_look_the_same(pair):
