@@ -252,6 +252,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads
 ROPE = TINY | {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}
 HEADS = "its head dimension is 24; attention serves 32 to 128 in steps of 8"
 RMS = "it is a RmsNorm; only LayerNorm is covered"
+FP32 = "it is a LayerNormFp32; only LayerNorm is covered"
 ANGLES = "its angles are not those of Rope2d (offset, order of the axes, or layout)"
 MIXED = "it is a RotaryEmbeddingMixed; only RotaryEmbeddingCat is covered"
 LEFT = {
@@ -274,6 +275,10 @@ LEFT = {
             "blocks.0": f"of its norm: {RMS}",
             **dict.fromkeys(("blocks.0.norm1", "blocks.0.norm2", "fc_norm"), RMS),
         },
+    ),
+    "norms in float32": (
+        TINY | {"norm_layer": timm.layers.LayerNormFp32},
+        {"blocks.0": f"of its norm: {FP32}", **dict.fromkeys(("blocks.0.norm1", "blocks.0.norm2", "fc_norm"), FP32)},
     ),
     "offset": (
         ROPE | {"rope_grid_offset": 0.5},
