@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -234,9 +235,17 @@ def _open_distributed(folder: Path) -> dict[str, Lazy]:
     if missing:
         raise ValueError(f"{folder} lacks files that its .metadata names: {quoted(sorted(missing))}")
 
+    class Reader(dcp.FileSystemReader):
+        """Has the list of all shards at hand, which would else be read for each tensor."""
+
+        def read_metadata(self, *arguments, **named):
+            return metadata
+
     def read(name: str) -> Tensor:
         tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-        dcp.load({name: tensor}, checkpoint_id=folder, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant: one process reads
+            dcp.load({name: tensor}, storage_reader=Reader(folder), no_dist=True)
         return tensor
 
     prefix = "model." if any(name.startswith("model.") for name in stored) else ""
