@@ -247,7 +247,9 @@ def test_without_huggingface_hub_the_error_says_how_to_get_it(monkeypatch):
         evaclip.create_model(NAME, checkpoint="owner/name")
 
 
-@pytest.mark.parametrize("path", ["gone.pt", "gone/weights.pt", "a/b/c", "gone/x.safetensors"])
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(path):
+@pytest.mark.parametrize("path", ["gone.pt", "gone/weights.pt", "a/b/c", "gone/x.safetensors", "runs/gone"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match=f"no checkpoint at {path}"):
         evaclip.create_model(NAME, checkpoint=path)

@@ -181,7 +181,11 @@ def _check_destination(destination: Path, shard_size: float) -> None:
         raise ValueError(f"shard_size is {shard_size} GB; above 0")
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {destination.parent} for {destination.name}")
-    for path in (destination, index_of(destination)):
+    _check_free([destination, index_of(destination)])
+
+
+def _check_free(paths: list[Path]) -> None:
+    for path in paths:
         if path.exists():
             raise FileExistsError(f"{path} is there already; nothing is overwritten, so give another name")
 
@@ -189,6 +193,7 @@ def _check_destination(destination: Path, shard_size: float) -> None:
 @contextmanager
 def _complete(paths: list[Path]) -> Iterator[list[Path]]:
     """Names to write files under, which get their own when all are complete, and are removed where one fails."""
+    _check_free(paths)
     partials = [path.with_name(path.name + ".partial") for path in paths]
     try:
         yield partials

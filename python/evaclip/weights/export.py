@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -77,24 +77,18 @@ def export(
         texts["open_clip_config.json"] = _open_clip(config, trunk)
     if recipe:
         texts["recipe.json"] = recipe
+    parameters = sum(tensor.numel for tensor in tensors.values())
+    card = _card(folder.name, config, tokenizer, recipe, parameters, open_clip=trunk is not None)
+    name, largest = ("open_clip_model.safetensors", float("inf")) if trunk else ("model.safetensors", shard_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        write_safetensors(
-            tensors,
-            partial / ("open_clip_model.safetensors" if trunk else "model.safetensors"),
-            float("inf") if trunk else shard_size,
-        )
-        for name, content in texts.items():
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        parameters = sum(tensor.numel for tensor in tensors.values())
-        card = _card(folder.name, config, tokenizer, recipe, parameters, open_clip=trunk is not None)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        partial = Path(temporary) / folder.name
+        partial.mkdir()
+        write_safetensors(tensors, partial / name, largest)
+        for file, content in texts.items():
+            (partial / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.rename(folder)  # the name appears only when the content is complete
     return sorted(folder.iterdir())
 
 

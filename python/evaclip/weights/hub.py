@@ -10,12 +10,12 @@ PREFIX = "hf-hub:"
 
 
 def repository(source: str, suffixes: tuple[str, ...]) -> tuple[str, str | None] | None:
-    """(owner/name, file or None) where a source is a name of the hub: hf-hub:owner/name[/file], or owner/name."""
+    """(owner/name, file or None) where a source names these of the hub: hf-hub:owner/name[/file], or owner/name."""
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", source.removeprefix(PREFIX))
     if match is None:
         return None
-    if not source.startswith(PREFIX) and (match[2] or Path(source).suffix in (*suffixes, ".json")):
-        return None  # the path of a file that is not there
+    if not source.startswith(PREFIX) and (match[2] or Path(source).suffix in suffixes or Path(source).parent.is_dir()):
+        return None  # a path at which nothing lies
     return match[1], match[2]
 
 

@@ -110,27 +110,27 @@ def fitted(
     _check_towers(path, pieces, part)
     pieces = dialects.of_part(pieces, part)
     wanted = {k: tuple(x.shape) for k, x in model.state_dict().items() if part is None or k.startswith(part + ".")}
-    kept = [key for key in wanted if _begins(key, skip)]
     if pieces.dialect == "mim" and not any(_begins(piece, HEAD) for piece in pieces.tensors):
-        kept += [key for key in wanted if _begins(key, HEAD) and key not in kept]
-    for key in kept:
-        del wanted[key]
+        skip = (*skip, *HEAD)
+    kept = [key for key in wanted if _begins(key, skip)]
     aside = [piece for piece in pieces.tensors if _begins(piece, skip)]
     initialised = _defaults(pieces, wanted)
-    tensors, resized, misfits = dict(initialised), [], []
-    used = set(aside)
-    for key in (key for key in wanted if key not in initialised):
+    tensors, used, resized, misfits = dict(initialised), set(aside), [], []
+    for key, shape in wanted.items():
+        if key in kept or key in initialised:
+            continue
         rule = dialects.native_rule(key)
         used |= set(rule.pieces)
         if not all(piece in pieces.tensors for piece in rule.pieces):
-            misfits.append(f"missing: {key} {wanted[key]}")
+            misfits.append(f"missing: {key} {shape}")
             continue
         tensor = was = dialects.assemble(rule, pieces.tensors)
-        if tensor.shape != wanted[key] and resize is not None:
-            tensor = resized_to(wanted[key], key, was, model.visual.grid, resize) or was
-            resized += [f"{key} {was.shape} to {tensor.shape}"] if tensor is not was else []
-        if tensor.shape != wanted[key]:
-            misfits.append(f"reshaped: {key} is {tensor.shape}, the model's {wanted[key]}{_hint(key, resize)}")
+        if was.shape != shape and resize is not None:
+            tensor = resized_to(shape, key, was, model.visual.grid, resize) or was
+        if tensor is not was:
+            resized.append(f"{key} {was.shape} to {shape}")
+        if tensor.shape != shape:
+            misfits.append(f"reshaped: {key} is {tensor.shape}, the model's {shape}{_hint(key, resize)}")
         tensors[key] = tensor
     unexpected = {piece: x for piece, x in pieces.tensors.items() if piece not in used} | pieces.unknown
     misfits += [f"unexpected: {key} {x.shape}" for key, x in unexpected.items()]
@@ -150,7 +150,7 @@ def fitted(
         initialised=(*initialised, *pieces.computed),
         resized=tuple(resized),
     )
-    return Fit({key: tensors[key] for key in wanted}, report)
+    return Fit({key: tensors[key] for key in wanted if key in tensors}, report)
 
 
 def read_pieces(path: Path) -> Pieces:
@@ -187,13 +187,10 @@ def _begins(name: str, modules: Sequence[str]) -> bool:
 
 def _defaults(pieces: Pieces, wanted: dict[str, tuple[int, ...]]) -> dict[str, Lazy]:
     """What a tower starts with that its source does not have."""
-    found = {}
-    inner = [key for key in wanted if ".inner_attn_ln." in key]
-    # EVA-02's masked image models have none; CLIP training adds it, and starts it at the identity.
-    if pieces.dialect in ("mim", "timm") and not any(".inner_attn_ln." in piece for piece in pieces.tensors):
-        for key in inner:
-            found[key] = full(wanted[key], 1.0 if key.endswith(".weight") else 0.0)
-    return found
+    # EVA-02's masked image models have no inner norm; CLIP training adds it, and starts it at the identity.
+    if pieces.dialect not in ("mim", "timm") or any(".inner_attn_ln." in piece for piece in pieces.tensors):
+        return {}
+    return {k: full(s, float(k.endswith(".weight"))) for k, s in wanted.items() if ".inner_attn_ln." in k}
 
 
 def _hint(key: str, resize: Resize | None) -> str:
