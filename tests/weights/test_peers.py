@@ -6,6 +6,7 @@ from functools import partial
 
 import open_clip
 import pytest
+import timm
 import torch
 from timm.models._registry import _model_entrypoints
 from weights.small import same, small
@@ -89,6 +90,25 @@ def test_the_configuration_is_open_clips_own(name):
         "eva_giant_patch14_224", "eva_giant_patch14_clip_224"
     )
     assert ours == theirs
+
+
+def test_timms_smallest_tower_with_its_packed_mlp_is_read_and_computes_the_same(tmp_path):
+    theirs = timm.create_model(
+        "eva02_tiny_patch14_224", depth=2, img_size=56, num_classes=32, global_pool="token", pretrained=False
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    vision = {"width": 192, "heads": 3, "qkv_fused": True, "ffn_norm": False, "inner_norm": False}
+    model = small("EVA02-CLIP-L-14", **vision, image_size=56)
+    report = evaclip.load_checkpoint(model, tmp_path / "w.pt", part="visual", skip=("visual.head",))
+    assert report.dialect == "timm" and report.kept == ("visual.head.weight", "visual.head.bias")
+    images = torch.randn(2, 3, 56, 56, generator=generator)
+    with torch.no_grad():
+        mine = model.visual.norm(model.visual.features(images))[:, 0]
+        torch.testing.assert_close(mine, theirs.forward_head(theirs.forward_features(images), pre_logits=True))
 
 
 @pytest.mark.parametrize("form", ["tower", "whole", "bare"])
