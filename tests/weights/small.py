@@ -7,13 +7,13 @@ from evaclip.models.config import CONFIGS
 
 PUBLISHED = [name for name in CONFIGS if "tiny" not in name]
 VISION = {"layers": 2, "width": 64, "heads": 2, "drop_path": 0.0}
-TEXT = {"layers": 2, "width": 64, "heads": 2, "vocabulary": 96, "context": 12}
+TEXT = {"layers": 2, "width": 64, "heads": 2, "context": 12}
 
 
-def small(name, seed=0, **vision):
+def small(name, seed=0, *, vocabulary=96, **vision):
     """A model of two blocks in each tower, images of 2 x 2 patches, in evaluation mode."""
     size = 2 * CONFIGS[name].vision.patch
-    model = create_model(name, vision=VISION | {"image_size": size} | vision, text=TEXT)
+    model = create_model(name, vision=VISION | {"image_size": size} | vision, text=TEXT | {"vocabulary": vocabulary})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

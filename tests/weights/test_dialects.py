@@ -147,6 +147,13 @@ def test_the_scale_that_huggingface_files_of_the_largest_do_not_store_is_100():
     assert "logit_scale" not in dialects.read({key: lazy(x) for key, x in smaller.items()}).tensors
 
 
+def test_a_piece_that_comes_twice_is_not_overwritten():
+    tower = small("EVA02-CLIP-bigE-14").visual.state_dict()
+    pieces = dialects.read({k: lazy(x) for k, x in (tower | {"fc_norm.weight": torch.zeros(64)}).items()})
+    assert list(pieces.unknown) == ["fc_norm.weight"]
+    assert torch.equal(pieces.tensors["visual.norm.weight"].read(), tower["norm.weight"])
+
+
 def test_parts_that_do_not_make_a_whole_are_named():
     native = small("EVA02-CLIP-bigE-14").state_dict()
     hf, _ = in_dialect(native, "hf")

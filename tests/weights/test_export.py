@@ -18,7 +18,7 @@ WORDS = "words:zero one two three four five six seven eight nine"
 
 @pytest.mark.parametrize("name", ["EVA-CLIP-8B", "EVA-CLIP-18B", "EVA01-CLIP-B-16"])
 def test_what_open_clip_does_not_have_is_exported_with_native_keys(name, tmp_path):
-    model = small(name)
+    model = small(name, vocabulary=49408)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     files = evaclip.export(tmp_path / "w.pt", tmp_path / "out", model=model, dtype=torch.bfloat16)
     assert [file.name for file in files] == [
@@ -52,6 +52,13 @@ def test_a_run_is_exported_and_loaded_with_its_tokenizer(tmp_path, capsys):
         assert line in card
     assert main(["export", str(run), str(tmp_path / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_is_not_clips_needs_the_run(tmp_path):
+    torch.save(evaclip.create_model("EVA02-CLIP-tiny-digits").state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"a vocabulary of 13, CLIP's has 49408; export the run that trained it"):
+        evaclip.export(tmp_path / "w.pt", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
 
 
 def test_a_file_is_recognised_as_the_published_model_of_its_shapes(tmp_path):

@@ -32,7 +32,7 @@ def shrunk(monkeypatch):
     """A function that makes a published model small, here and in timm."""
 
     def shrink(name):
-        model = small(name, image_size=4 * CONFIGS[name].vision.patch)
+        model = small(name, vocabulary=49408, image_size=4 * CONFIGS[name].vision.patch)
         vision, timms = model.config.vision, timm_name(CONFIGS[name].vision)
         published = next(key for key, value in TIMM.items() if value == timms)
         monkeypatch.setitem(CONFIGS, published, replace(CONFIGS[published], vision=vision))
@@ -70,7 +70,7 @@ def test_open_clip_loads_the_folder_and_computes_the_same_features(name, shrunk,
     assert torch.equal(theirs.logit_scale, model.logit_scale)
     # What open_clip saves is read back, bit for bit.
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
-    back = small(name, seed=1, image_size=vision.image_size)
+    back = small(name, seed=1, vocabulary=49408, image_size=vision.image_size)
     assert evaclip.load_checkpoint(back, tmp_path / "theirs.pt").dialect == "open_clip"
     assert same(back.state_dict(), model.state_dict())
     size, crop, _, _, normalize = preprocess.transforms

@@ -192,16 +192,16 @@ def read(tensors: dict[str, Lazy]) -> Pieces:
         rule = table.of_key(key)
         if is_rotary(key):
             rotary.append(key)
-        elif rule is not None and not _is_bias_of_k(rule.pieces):
-            found |= _cut(rule, key, tensor)
-        elif rule is not None:
+        elif rule is None and _is_unused(key):
+            unused.append(key)
+        elif rule is None or found.keys() & set(rule.pieces):  # of no rule, or there already by another name
+            unknown[key] = tensor
+        elif _is_bias_of_k(rule.pieces):
             if tensor.read().count_nonzero():
                 raise ValueError(f"{key} is not zero; EVA's image towers have no bias of k, so it has no place in them")
             unused.append(key)
-        elif _is_unused(key):
-            unused.append(key)
         else:
-            unknown[key] = tensor
+            found |= _cut(rule, key, tensor)
     computed: tuple[str, ...] = ()
     if dialect == "hf" and "visual.norm.weight" in found and not {"visual.norm.bias", "logit_scale"} & found.keys():
         found["logit_scale"], computed = full((), HF_LOGIT_SCALE), ("logit_scale",)

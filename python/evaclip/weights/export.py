@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from evaclip.data.preprocess import MEAN, STD
+from evaclip.data.tokenizer import ClipTokenizer
 from evaclip.models import create_model
 from evaclip.models.clip import CLIP
 from evaclip.models.config import CONFIGS, ClipConfig, TextConfig, VisionConfig
@@ -56,7 +57,7 @@ def export(
     Raises:
         FileNotFoundError: no such source.
         FileExistsError: the folder is there already.
-        ValueError: the source does not fit the model, or it is not known which model it is.
+        ValueError: the source does not fit the model, or it is not known which model or which tokenizer it has.
     """
     folder = Path(folder)
     if folder.exists():
@@ -66,6 +67,11 @@ def export(
     run, config = run_folder(source), model.config
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8")) if run else None
     tokenizer = recipe["data"]["tokenizer"] if recipe else "clip"
+    if recipe is None and config.text.vocabulary != ClipTokenizer.vocabulary_size:
+        raise ValueError(
+            f"{source} has a vocabulary of {config.text.vocabulary}, CLIP's has {ClipTokenizer.vocabulary_size}; "
+            "export the run that trained it, whose recipe names the tokenizer"
+        )
     trunk = timm_name(config.vision) if tokenizer == "clip" and config.text.eps == 1e-5 else None
     tensors, _, _ = in_dialect(source, "open_clip" if trunk else "native", model=model)
     if dtype is not None:

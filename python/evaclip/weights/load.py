@@ -12,7 +12,7 @@ from evaclip.weights import dialects
 from evaclip.weights.dialects import Pieces
 from evaclip.weights.files import SHOWN, locate, open_weights
 from evaclip.weights.lazy import Lazy, full
-from evaclip.weights.resize import RESIZED, Resize, resized_to
+from evaclip.weights.resize import Resize, resized_to
 
 Part = Literal["visual", "text"]
 HEAD = ("visual.head",)
@@ -125,12 +125,14 @@ def fitted(
             misfits.append(f"missing: {key} {shape}")
             continue
         tensor = was = dialects.assemble(rule, pieces.tensors)
-        if was.shape != shape and resize is not None:
-            tensor = resized_to(shape, key, was, model.visual.grid, resize) or was
-        if tensor is not was:
+        if was.shape != shape:
+            other = resized_to(shape, key, was, model.visual.grid, resize or "eva")
+            if other is None or resize is None:
+                hint = "" if other is None else "; resize='eva' or 'timm' interpolates it"
+                misfits.append(f"reshaped: {key} is {was.shape}, the model's {shape}{hint}")
+                continue
+            tensor = other
             resized.append(f"{key} {was.shape} to {shape}")
-        if tensor.shape != shape:
-            misfits.append(f"reshaped: {key} is {tensor.shape}, the model's {shape}{_hint(key, resize)}")
         tensors[key] = tensor
     unexpected = {piece: x for piece, x in pieces.tensors.items() if piece not in used} | pieces.unknown
     misfits += [f"unexpected: {key} {x.shape}" for key, x in unexpected.items()]
@@ -191,10 +193,6 @@ def _defaults(pieces: Pieces, wanted: dict[str, tuple[int, ...]]) -> dict[str, L
     if pieces.dialect not in ("mim", "timm") or any(".inner_attn_ln." in piece for piece in pieces.tensors):
         return {}
     return {k: full(s, float(k.endswith(".weight"))) for k, s in wanted.items() if ".inner_attn_ln." in k}
-
-
-def _hint(key: str, resize: Resize | None) -> str:
-    return "; resize='eva' or 'timm' interpolates it" if resize is None and key in RESIZED else ""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from evaclip.weights.lazy import Lazy
 
 Resize = Literal["eva", "timm"]
-RESIZED = POSITIONS, KERNEL = "visual.pos_embed", "visual.patch_embed.proj.weight"
+POSITIONS, KERNEL = "visual.pos_embed", "visual.patch_embed.proj.weight"
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], how: Resize) -> Tensor:
@@ -38,7 +38,7 @@ def resize_kernel(kernel: Tensor, size: tuple[int, int], how: Resize) -> Tensor:
 
 
 def resized_to(shape: tuple[int, ...], key: str, tensor: Lazy, grid: tuple[int, int], how: Resize) -> Lazy | None:
-    """A tensor of one of the keys RESIZED in another shape; None where it cannot be brought to it.
+    """A tensor in another shape; None where it cannot be brought to it.
 
     Positions must be those of a class token and a square grid; all but the grid, or the kernel's size, must agree.
     """
