@@ -1,5 +1,7 @@
 """open_clip's models and losses, and an optimizer for its training loop."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,8 +48,9 @@ def replace(model: nn.Module, *, draw: timm.Draw | None = None) -> Report:
     timm.decide(plan, draw)
     norms = (theirs.LayerNorm, theirs.LayerNormFp32)
     towers = _towers(plan)
-    blocks = [block for _, block in plan.modules() if type(block) is theirs.ResidualAttentionBlock]
-    feeding = {id(norm) for block in blocks for norm in (block.ln_1, block.ln_2)}
+    blocks: list[Any] = [block for _, block in plan.modules() if isinstance(block, theirs.ResidualAttentionBlock)]
+    exact = [block for block in blocks if type(block) is theirs.ResidualAttentionBlock]
+    feeding = {id(norm) for block in exact for norm in (block.ln_1, block.ln_2)}
     within = {id(block.attn) for block in blocks}
     for name, module in plan.modules():
         kind = type(module)
@@ -60,6 +63,8 @@ def replace(model: nn.Module, *, draw: timm.Draw | None = None) -> Report:
                 plan.replace(name, module, "layer_norm", forward=forward)
         elif kind is theirs.ResidualAttentionBlock:
             _decide_block(plan, name, module, norms, towers.get(id(module)))
+        elif isinstance(module, theirs.ResidualAttentionBlock):
+            plan.leave(name, f"a {kind.__name__} is not covered")
         elif kind is nn.MultiheadAttention and id(module) not in within:
             plan.leave(name, "its queries are not the tokens that it attends to")
         elif kind is theirs.Attention:
@@ -134,15 +139,16 @@ def _decide_block(plan: Plan, name: str, block, norms: tuple[type, ...], tower) 
         plan.leave(name, step)
     else:
         methods["forward"] = block_forward
-    causal = getattr(tower, "attn_mask", None) is not None
+    if not attention:
+        methods["attention"] = attention_within
+    if methods and not plan.replace(name, block, "its attention alone" if step else "add_norm", **methods):
+        attention = attention or "its block is left"
     if attention:
         plan.leave(f"{name}.attn", attention)
     else:
-        methods["attention"] = attention_within
+        causal = getattr(tower, "attn_mask", None) is not None
         plan.note(f"{name}.attn", f"attention_qkvpacked{', causal' if causal else ''}")
         plan.add(name, block, "evakernels_tower", (tower,) if causal else ())
-    if methods:
-        plan.replace(name, block, "its attention alone" if step else "add_norm", **methods)
 
 
 def _attention_reason(attn: nn.MultiheadAttention, tower) -> str | None:
@@ -183,7 +189,8 @@ def _decide_loss(plan: Plan, name: str, loss) -> None:
 def attention_within(self, q_x, k_x=None, v_x=None, attn_mask=None):
     """The method `attention` of a ResidualAttentionBlock."""
     causal = attn_mask is not None and any(attn_mask is tower.attn_mask for tower in self.evakernels_tower)
-    if k_x is not None or v_x is not None or (attn_mask is not None and not causal) or not bare(self.attn):
+    other = k_x is not None or v_x is not None or (attn_mask is not None and not causal)
+    if other or self.attn.dropout > 0 or not bare(self.attn):
         return original(self).attention(self, q_x, k_x, v_x, attn_mask)
     qkv = F.linear(q_x, self.attn.in_proj_weight, self.attn.in_proj_bias)
     y = attention_qkvpacked(qkv.unflatten(-1, (3, self.attn.num_heads, -1)), causal=causal).flatten(2)

@@ -36,15 +36,26 @@ def original(module: nn.Module) -> Any:
 def bare(*modules: nn.Module) -> bool:
     """Whether a forward may read the weights of these modules instead of calling them.
 
-    That is: each is exactly a `torch.nn.Linear` or `MultiheadAttention`, or replaced, and has no hooks. Adapters,
-    quantised layers, parametrizations and sharding fail this, whether they came before `replace` or after it.
+    That is: each is exactly a `torch.nn.Linear` or `MultiheadAttention`, or replaced, and has no hooks and no `forward`
+    of its own. Adapters, quantised layers, parametrizations and sharding fail this, whether they came before `replace`
+    or after it.
     """
     for module in modules:
         if type(module) not in _PLAIN and not isinstance(module, Replaced):
             return False
+        if taken(module, "forward"):  # offloading and some adapters go about it so
+            return False
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return False
     return True
+
+
+def taken(module: nn.Module, *methods: str) -> str | None:
+    """Why these methods cannot be replaced, one being set on the instance itself; None where they can."""
+    for method in methods:
+        if method in module.__dict__:
+            return f"somebody else has replaced its {method}, on the instance"
+    return None
 
 
 @cache
@@ -156,7 +167,7 @@ class Plan:
             if isinstance(module, Replaced):
                 raise ValueError(
                     f"{self.integration}: {name or 'the model'} has been replaced before; call undo() of the report of"
-                    " that time first"
+                    " that time first (a copy of a replaced model is replaced, and stays so)"
                 )
             for own in (*module._parameters.items(), *module._buffers.items()):
                 if own[1] is not None and own[1].is_meta:
@@ -170,20 +181,19 @@ class Plan:
         assert self.model is not None
         return self.model.named_modules()
 
-    def replace(self, name: str, module: nn.Module, by: str, **methods: Callable) -> None:
+    def replace(self, name: str, module: nn.Module, by: str, **methods: Callable) -> bool:
         """Let functions stand in for methods of a module: `forward=function`.
 
         The functions must be found under their names in their modules, or the model cannot be pickled any more. A
-        module whose `forward` somebody has set on the instance is left.
+        module whose `forward` somebody has set on the instance is left: False is returned then.
         """
-        taken = [method for method in methods if method in module.__dict__]
-        if taken:
-            self.leave(name, f"somebody else has replaced its {taken[0]}, on the instance")
-            return
+        if why := taken(module, *methods):
+            self.leave(name, why)
+            return False
         self._replaced[name] = by
         before: Any = type(module)
-        made = _class(before, tuple(sorted(methods.items())))
-        self._steps.append(_Step(name, module, "__class__", made))
+        self._step(name, module, "__class__", _class(before, tuple(sorted(methods.items()))))
+        return True
 
     def add(self, name: str, module: nn.Module, attribute: str, value: Any) -> None:
         """Give a module a new attribute for a replaced method to use; undo takes it away.
@@ -193,12 +203,12 @@ class Plan:
         """
         if hasattr(module, attribute):
             raise ValueError(f"{self.integration}: {name or 'the model'} already has an attribute {attribute!r}")
-        self._steps.append(_Step(name, module, attribute, value))
+        self._step(name, module, attribute, value)
 
     def attribute(self, name: str, owner: ModuleType | type | Any, attribute: str, value: Any, by: str) -> None:
         """Set an attribute of a Python module, a class or any other object: a function under a global name."""
         self._replaced[name] = by
-        self._steps.append(_Step(name, owner, attribute, value))
+        self._step(name, owner, attribute, value)
 
     def note(self, name: str, by: str) -> None:
         """Report a module as replaced whose work a replaced module around it does."""
@@ -207,6 +217,11 @@ class Plan:
     def leave(self, name: str, why: str) -> None:
         """Note that a module stays as it was, and why."""
         self._left[name] = why
+
+    def _step(self, name: str, owner: Any, attribute: str, value: Any) -> None:
+        """The first decision about an attribute stands: two models inside this one may share a module."""
+        if not any(step.owner is owner and step.attribute == attribute for step in self._steps):
+            self._steps.append(_Step(name, owner, attribute, value))
 
     def carry_out(self, expected: str) -> Report:
         """Change everything, or nothing if anything fails.

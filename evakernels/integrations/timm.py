@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evakernels.integrations import forwards
-from evakernels.integrations.patch import Plan, Report, bare, original
+from evakernels.integrations.patch import Plan, Report, bare, original, taken
 from evakernels.nn import swiglu_mlp
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
 from evakernels.ops.swiglu import swiglu, swiglu_norm
@@ -70,11 +70,16 @@ def _decide(plan: Plan, prefix: str, model: Any, draw: Draw | None) -> None:
     kinds = EvaAttention, layers.AttentionRope, layers.Attention
     attentions = {name: module for name, module in modules if type(module) in kinds}
     reasons = {name: _attention_reason(module) for name, module in attentions.items()}
+    known: dict[int, tuple[type, ...]] = {id(block): (EvaBlock, EvaBlockPostNorm, Block) for block in model.blocks}
+    known |= {id(block.attn): kinds for block in blocks}
+    # Blocks and attentions that do with the tables of angles what they like.
+    unknown = {name for name, module in modules if id(module) in known and type(module) not in known[id(module)]}
+    patched = {name for name, module in modules if id(module) in known and taken(module, "forward")}
     why: str | None
     rope = None
     if getattr(model, "rope", None) is not None and attentions:
         rope, why = _rope(model.rope, next(iter(attentions.values())))
-        failing = next((name for name, reason in reasons.items() if reason), None)
+        failing = next((name for name, _ in modules if reasons.get(name) or name in unknown | patched), None)
         if rope is not None and failing:
             rope, why = None, f"{failing}, which is not replaced, needs its tables"
         rope_name = f"{prefix}.rope" if prefix else "rope"
@@ -128,7 +133,7 @@ def _decide(plan: Plan, prefix: str, model: Any, draw: Draw | None) -> None:
             plan.leave(name, forwards.GELU)
         elif kind is layers.AttentionPoolLatent:
             plan.leave(name, "its queries are not the tokens that it attends to")
-        elif module in model.blocks or any(module is block.attn for block in blocks):
+        elif name in unknown:
             plan.leave(name, f"a {kind.__name__} is not covered")
 
 
@@ -142,6 +147,8 @@ def _feeding_products(block, pre_norm: bool) -> Iterator[nn.Module | None]:
 
 
 def _attention_reason(attn) -> str | None:
+    if why := taken(attn, "forward"):
+        return why
     if getattr(attn, "num_kv_groups", 1) > 1:
         return f"{attn.num_kv_groups} heads of queries share one of keys and values"
     if type(attn.q_norm) is not nn.Identity or type(attn.k_norm) is not nn.Identity:
@@ -226,7 +233,8 @@ def rope_get_embed(self, shape=None, dtype=None) -> Tensor:
 def attention_forward(self, x, rope=None, attn_mask=None, is_causal=False):
     linears = (self.qkv,) if self.qkv is not None else (self.q_proj, self.k_proj, self.v_proj)
     ids = rope if rope is not None and not rope.is_floating_point() else None
-    if attn_mask is not None or (rope is not None and ids is None) or not bare(*linears):
+    tables = rope is not None and ids is None
+    if attn_mask is not None or tables or self.attn_drop.p > 0 or not bare(*linears):
         if ids is not None:
             rope = _table(self.evakernels_rope)[ids[..., 0]]
         given = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal or None}
@@ -282,14 +290,14 @@ def _drop(module: nn.Module, branch: Tensor) -> Tensor | None:
 
 def swiglu_forward(self, x):
     norm = None if type(self.norm) is nn.Identity else self.norm
-    if not bare(self.fc1_g, self.fc1_x, self.fc2, *(() if norm is None else (norm,))):
+    if self.drop1.p > 0 or not bare(self.fc1_g, self.fc1_x, self.fc2, *(() if norm is None else (norm,))):
         return original(self).forward(self, x)
     return self.drop2(swiglu_mlp(x, self.fc1_g, self.fc1_x, norm, self.fc2))
 
 
 def packed_swiglu_forward(self, x):
     norm = None if type(self.norm) is nn.Identity else self.norm
-    if norm is not None and not bare(norm):
+    if self.drop1.p > 0 or (norm is not None and not bare(norm)):
         return original(self).forward(self, x)
     gate, up = self.fc1(x).chunk(2, -1)
     if self.gate_last:

@@ -170,8 +170,8 @@ def test_it_compiles_without_a_graph_break(monkeypatch):
     replaced = open_clip.CLIP(32, VISION | {"layers": 1}, TEXT | {"layers": 1}, output_dict=True)
     replace(replaced)
     replaced.set_grad_checkpointing()
-    for block in replaced.transformer.resblocks:  # the triangular mask is recognised in the graph as well
-        monkeypatch.setattr(block.attn, "forward", None)
+    # What is computed without being replaced calls it: the triangular mask is recognised in the graph as well.
+    monkeypatch.setattr(theirs.ResidualAttentionBlock, "attention", None)
     twins.assert_compiles_alike(replaced, call, *inputs(replaced))
 
 
@@ -240,6 +240,49 @@ def test_a_hook_on_what_is_passed_over_is_called():
         model.transformer.resblocks[1].attn.register_forward_hook(lambda *a: (2 * a[-1][0], None))
     for x, y in zip(call(replaced, *inputs(replaced)), call(untouched, *inputs(untouched)), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def patch(module, function):
+    module.forward = functools.partial(function, module)
+
+
+def test_a_forward_set_on_the_instance_is_called():
+    """By whoever wants to see the weights of an attention, before or after the replacement."""
+    untouched = make("ViT-B-32").eval()
+    replaced = copy.deepcopy(untouched)
+    for model in (untouched, replaced):
+        patch(model.transformer.resblocks[0], theirs.ResidualAttentionBlock.forward)
+    report = replace(replaced)
+    block = {name: why for name, why in report.left.items() if name.startswith("transformer.resblocks.0")}
+    assert block == {
+        "transformer.resblocks.0": "somebody else has replaced its forward, on the instance",
+        "transformer.resblocks.0.attn": "its block is left",
+    }
+    assert not block.keys() & report.replaced.keys()
+    for model in (untouched, replaced):
+        attn = model.visual.transformer.resblocks[1].attn
+        patch(attn, lambda self, *inputs, **options: (2 * nn.MultiheadAttention.forward(self, *inputs, **options)[0],))
+    for x, y in zip(call(replaced, *inputs(replaced)), call(untouched, *inputs(untouched)), strict=True):
+        torch.testing.assert_close(x, y)
+    report.undo()
+
+
+def test_a_dropout_rate_that_is_raised_later_is_obeyed():
+    untouched = make("SigLIP")
+    replaced, _ = twin(untouched)
+    outputs = []
+    for model, training in ((untouched, True), (replaced, True), (untouched, False)):
+        model.train(training).visual.transformer.resblocks[1].attn.dropout = 0.5
+        torch.manual_seed(0)
+        outputs.append(model.encode_image(inputs(model)[0]))
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not torch.allclose(outputs[2], outputs[0])
+
+
+def test_a_block_of_another_class_is_named():
+    model = make("ViT-B-32")
+    model.transformer.resblocks[1].__class__ = type("MyBlock", (theirs.ResidualAttentionBlock,), {})
+    assert replace(model).left == {"transformer.resblocks.1": "a MyBlock is not covered"}
 
 
 def test_other_towers_are_named():

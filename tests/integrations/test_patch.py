@@ -98,6 +98,8 @@ def test_what_is_bypassed_must_be_bare(model):
     handle.remove()
     assert bare(model[0])
     assert not bare(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    model[0].forward = model[0].forward
+    assert bare(model[2]) and not bare(model[0])
 
 
 def test_the_report_is_a_table(model):
@@ -117,6 +119,18 @@ def test_a_module_whose_forward_somebody_set_is_left(model):
     report = replaced(model)
     assert report.left["0"] == "somebody else has replaced its forward, on the instance"
     assert list(report.replaced) == ["2"]
+
+
+def test_a_module_decided_twice_is_changed_once_and_undone(model):
+    before = everything(model)
+    plan = Plan("integrations.some", model)
+    for name, mark in (("first", 1), ("second", 2)):
+        assert plan.replace(name, model[0], "twice itself", forward=doubled_forward)
+        plan.add(name, model[0], "evakernels_mark", mark)
+    report = plan.carry_out("a model")
+    assert list(report.replaced) == ["first", "second"] and model[0].evakernels_mark == 1
+    report.undo()
+    assert everything(model) == before
 
 
 def test_attributes_of_other_objects_are_set_and_restored():

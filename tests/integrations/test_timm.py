@@ -1,6 +1,7 @@
 """timm's models, replaced: the same to rounding, in every mode, with every module accounted for."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -326,6 +327,56 @@ def test_what_cannot_be_served_is_left_with_its_reason(case):
     untouched.eval()
     replaced.eval()
     twins.assert_same(untouched, replaced, call, twins.images(32))
+
+
+class Seen(timm.models.eva.EvaAttention):
+    """An attention of a user's own, such as one that keeps its weights to show them."""
+
+
+@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.attn"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_tables_stay_for_whoever_is_left_in_need_of_them(place, patched):
+    torch.manual_seed(0)
+    untouched = twins.scrambled(Eva(**ROPE | {"depth": 2})).eval()
+    module = untouched.get_submodule(place)
+    if patched:
+        module.forward = functools.partial(type(module).forward, module)
+    else:
+        module.__class__ = Seen if place.endswith("attn") else type("Seen", (type(module),), {})
+    report = replace(replaced := copy.deepcopy(untouched))
+    needs = f"{place}, which is not replaced, needs its tables"
+    assert report.left["rope"] == needs and report.left["blocks.0.attn"] == f"its angles cannot be taken over: {needs}"
+    why = "somebody else has replaced its forward, on the instance" if patched else "a Seen is not covered"
+    assert report.left[place] == why
+    torch.testing.assert_close(replaced(x := twins.images(32)), untouched(x))
+
+
+@pytest.mark.parametrize("part", ["attn.attn_drop", "mlp.drop1"])
+@pytest.mark.parametrize("name", ["EVA02-B", "other"])
+def test_a_dropout_rate_that_is_raised_later_is_obeyed(name, part):
+    untouched = make(name)
+    replaced, _ = twin(untouched)
+    outputs = []
+    for model, training in ((untouched, True), (replaced, True), (untouched, False)):
+        model.train(training).blocks[1].get_submodule(part).p = 0.5
+        torch.manual_seed(0)
+        outputs.append(model.forward_features(twins.images(size(model))))
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not torch.allclose(outputs[2], outputs[0])
+
+
+def test_towers_that_share_modules_are_replaced_and_undone():
+    first, second = (Eva(**ROPE).eval() for _ in range(2))
+    second.blocks[0], second.rope = first.blocks[0], first.rope
+    both = nn.ModuleList((first, second))
+    x, before = twins.images(32), twins.state(both)
+    expected = [tower(x) for tower in both]
+    report = replace(both)
+    assert report.replaced["0.blocks.0.attn"] == report.replaced["1.blocks.0.attn"] == TURNED
+    for tower, y in zip(both, expected, strict=True):
+        torch.testing.assert_close(tower(x), y)
+    report.undo()
+    assert twins.state(both) == before
 
 
 def test_blocks_and_attentions_of_other_classes_are_named():
