@@ -12,6 +12,7 @@ __all__ = ["Plan", "Replaced", "Report", "bare", "original"]
 
 Methods = tuple[tuple[str, Callable], ...]
 _ABSENT = object()
+_PLAIN = (nn.Linear, nn.MultiheadAttention)
 
 
 class Replaced:
@@ -35,11 +36,11 @@ def original(module: nn.Module) -> Any:
 def bare(*modules: nn.Module) -> bool:
     """Whether a forward may read the weights of these modules instead of calling them.
 
-    That is: each is exactly a `torch.nn.Linear`, or replaced, and has no hooks. Adapters, quantised layers,
-    parametrizations and sharding fail this, whether they came before `replace` or after it.
+    That is: each is exactly a `torch.nn.Linear` or `MultiheadAttention`, or replaced, and has no hooks. Adapters,
+    quantised layers, parametrizations and sharding fail this, whether they came before `replace` or after it.
     """
     for module in modules:
-        if type(module) is not nn.Linear and not isinstance(module, Replaced):
+        if type(module) not in _PLAIN and not isinstance(module, Replaced):
             return False
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return False
@@ -197,6 +198,10 @@ class Plan:
         """Set an attribute of a Python module, a class or any other object: a function under a global name."""
         self._replaced[name] = by
         self._steps.append(_Step(name, owner, attribute, value))
+
+    def note(self, name: str, by: str) -> None:
+        """Report a module as replaced whose work a replaced module around it does."""
+        self._replaced[name] = by
 
     def leave(self, name: str, why: str) -> None:
         """Note that a module stays as it was, and why."""
