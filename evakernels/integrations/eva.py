@@ -228,10 +228,7 @@ def forward_features(self, x, return_all_features=False):
     # Without a rotary embedding a token's place is of no account.
     arguments = (bias, None) if kept is None or self.rope is None else (bias, None, kept)
     for block in self.blocks:
-        if self.grad_checkpointing:
-            x = checkpoint(block, x, *arguments, use_reentrant=False)
-        else:
-            x = block(x, *arguments)
+        x = checkpoint(block, x, *arguments, use_reentrant=False) if self.grad_checkpointing else block(x, *arguments)
     if return_all_features:
         return x
     if self.fc_norm is not None:
@@ -341,12 +338,10 @@ def attention_forward(self, x, rel_pos_bias=None, attn_mask=None, kept=None):
         if kept is not None:
             raise NotImplementedError("eva_clip's Attention: a mask or bias beside dropped patches is not covered")
         return original(self).forward(self, x, rel_pos_bias, attn_mask)
-    if self.subln:  # the original, too, reads the weights and calls no projection
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-    else:
-        weight = self.qkv.weight
+    # The original, too, reads these weights and calls no projection.
+    weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight) if self.subln else (self.qkv.weight,)
     bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-    qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+    qkv = F.linear(x, torch.cat(weights) if self.subln else weights[0], bias).unflatten(-1, (3, self.num_heads, -1))
     y = attention_qkvpacked(qkv, rope=self.evakernels_rope, positions=kept, scale=self.scale).flatten(2)
     return self.proj_drop(self.proj(self.inner_attn_ln(y)))
 
@@ -399,8 +394,10 @@ def _multihead_reason(attn: nn.MultiheadAttention, mask: Tensor | None) -> str |
         return f"it drops attention weights (dropout {attn.dropout})"
     if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
         return "its keys and values are not projected as its queries are"
-    return "it takes (batch, tokens, channels): batch_first is True" if attn.batch_first else (
-        forwards.head_dim_reason(attn.head_dim)
+    return (
+        "it takes (batch, tokens, channels): batch_first is True"
+        if attn.batch_first
+        else (forwards.head_dim_reason(attn.head_dim))
     )
 
 

@@ -131,9 +131,7 @@ def eva_attention_forward(
     self, hidden_states, attention_mask=None, causal_attention_mask=None, output_attentions=False
 ):
     if attention_mask is not None or output_attentions or (self.training and self.dropout > 0):
-        return original(self).forward(
-            self, hidden_states, attention_mask, causal_attention_mask, output_attentions
-        )
+        return original(self).forward(self, hidden_states, attention_mask, causal_attention_mask, output_attentions)
     return _attend(self, hidden_states, causal_attention_mask is not None), None
 
 

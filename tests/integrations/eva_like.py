@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+VARIABLE = "RoPE"
 xops = None  # the original's `import xformers.ops as xops`, None where that fails
 
 
@@ -25,6 +26,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 FusedLayerNorm = LayerNorm  # the original's `from apex.normalization import FusedLayerNorm`, where that fails
+
+
+NORM = partial(FusedLayerNorm, eps=1e-6)
 
 
 class RMSnorm(nn.Module):
@@ -69,7 +73,7 @@ class PatchDropout(nn.Module):
         patches = x.shape[1] - 1
         ids = torch.randn(len(x), patches).topk(max(1, int(patches * (1 - self.prob)))).indices
         x = torch.cat([x[:, :1], x[torch.arange(len(x))[:, None], ids + 1]], 1)
-        return (x, ids) if os.getenv("RoPE") == "1" else x
+        return (x, ids) if os.getenv(VARIABLE) == "1" else x
 
 
 class VisionRotaryEmbeddingFast(nn.Module):
@@ -205,7 +209,7 @@ class RelativePositionBias(nn.Module):
 class EVAVisionTransformer(nn.Module):
     def __init__(
         self, img_size=24, patch_size=8, num_classes=16, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2.7,
-        qkv_bias=True, drop_path_rate=0.0, norm_layer=partial(LayerNorm, eps=1e-6), init_values=None,
+        qkv_bias=True, drop_path_rate=0.0, norm_layer=NORM, init_values=None,
         patch_dropout=0.0, use_rel_pos_bias=False, use_shared_rel_pos_bias=False, rope=False, use_mean_pooling=False,
         xattn=False, postnorm=False, pt_hw_seq_len=16, intp_freq=True, naiveswiglu=False, subln=False,
     ):  # fmt: skip
@@ -236,11 +240,11 @@ class EVAVisionTransformer(nn.Module):
         x = self.patch_embed(x)
         x = self.pos_drop(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed)
         ids, drops = None, self.training and not isinstance(self.patch_dropout, nn.Identity)
-        if os.getenv("RoPE") == "1" and drops:
+        if os.getenv(VARIABLE) == "1" and drops:
             x, ids = self.patch_dropout(x)
         else:
             x = self.patch_dropout(x)
-        if os.getenv("RoPE") == "1":
+        if os.getenv(VARIABLE) == "1":
             self.rope.forward = partial(self.rope.forward, patch_indices_keep=ids)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for block in self.blocks:
@@ -262,7 +266,10 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads, xattn=False, scaled_cosine=False):
         super().__init__()
         self.num_heads, self.scale, self.xattn = num_heads, (dim // num_heads) ** -0.5, xattn
-        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.randn(3 * dim, dim)), nn.Parameter(torch.zeros(3 * dim))
+        self.in_proj_weight, self.in_proj_bias = (
+            nn.Parameter(torch.randn(3 * dim, dim)),
+            nn.Parameter(torch.zeros(3 * dim)),
+        )
         self.logit_scale = nn.Parameter(torch.ones(num_heads, 1, 1)) if scaled_cosine else None
         self.head_scale, self.xattn_drop = None, 0.0
         self.attn_drop, self.out_proj, self.out_drop = nn.Dropout(0.0), nn.Linear(dim, dim), nn.Dropout(0.0)
