@@ -115,13 +115,16 @@ def replace(model: nn.Module, *, draw: Draw | None = None) -> Report:
         ValueError: it was replaced before, is on meta, or has nothing that could be replaced.
     """
     plan = Plan("integrations.eva", model)
-    blocks = [m for _, m in plan.modules() if _is(m, "Block", *BLOCK)]
-    text_blocks = [m for _, m in plan.modules() if _is(m, "ResidualAttentionBlock", *TEXT_BLOCK)]
-    towers = [m for _, m in plan.modules() if _is(m, "EVAVisionTransformer", *TOWER)]
+    modules = [(name, m) for name, m in plan.modules() if type(m).__module__.partition(".")[0] not in OTHERS]
+
+    def every(*known: Any) -> list[Any]:
+        return [module for _, module in modules if _is(module, *known)]
+
+    blocks, text_blocks = every("Block", *BLOCK), every("ResidualAttentionBlock", *TEXT_BLOCK)
+    towers, attentions = every("EVAVisionTransformer", *TOWER), every("Attention", *ATTENTION)
     feeding = {id(norm) for block in blocks for norm in _feeding_products(block)}
     feeding |= {id(norm) for block in text_blocks for norm in (block.ln_1, block.ln_2)}
     biased = {id(block.attn) for tower in towers if tower.rel_pos_bias is not None for block in tower.blocks}
-    attentions = [m for _, m in plan.modules() if _is(m, "Attention", *ATTENTION)]
     ropes = {id(rope): _rope(rope) for rope in (attn.rope for attn in attentions) if rope is not None}
     why = {id(attn): _attention_reason(attn, ropes, id(attn) in biased) for attn in attentions}
     why_towers = {id(tower): _tower_reason(tower, why) for tower in towers}
@@ -130,8 +133,10 @@ def replace(model: nn.Module, *, draw: Draw | None = None) -> Report:
     for attn in attentions:
         if attn.rope is not None and id(attn) not in replaced:
             why[id(attn)] = why[id(attn)] or "its tower, which is not replaced, gives the ids of patches to its rope"
-    masks = {id(block): m for _, m in plan.modules() for block in _masked_blocks(m)}
-    for name, module in plan.modules():
+    masks = {id(block): m for _, m in modules for block in _masked_blocks(m)}
+    homes = [m for _, m in modules if type(m).__name__ in (*KNOWN, *WITH_NORMS)]
+    norms = {id(child) for home in homes for child in home.children()}
+    for name, module in modules:
         kind = type(module).__name__
         if _is(module, "EVAVisionTransformer", *TOWER):
             _decide_tower(plan, name, module, why_towers[id(module)], draw)
@@ -149,12 +154,14 @@ def replace(model: nn.Module, *, draw: Draw | None = None) -> Report:
             plan.leave(name, UNCOVERED[kind])
         elif kind in KNOWN:
             plan.leave(name, f"its attributes, or the parameters of its methods, are not those of eva_clip's {kind}")
-        else:
+        elif id(module) in norms:
             forwards.decide_norm(plan, name, module, id(module) in feeding)
     return plan.carry_out(EXPECTED)
 
 
+OTHERS = ("timm", "open_clip", "transformers", "torchvision")  # they have classes of the same names
 KNOWN = ("EVAVisionTransformer", "Block", "Attention", "SwiGLU", "ResidualAttentionBlock")
+WITH_NORMS = ("TextTransformer", "CLIP", "VisionTransformer", "CustomResidualAttentionBlock")
 UNCOVERED = {
     "Mlp": forwards.GELU,
     "CustomResidualAttentionBlock": "cosine and cross attention are not covered",
@@ -212,14 +219,13 @@ def _decide_tower(plan: Plan, name: str, tower: Any, why: str | None, draw: Draw
         plan.replace(f"{prefix}patch_embed", embed, "patchify, of kept patches", forward=patch_embed_forward)
 
 
-def forward_features(self, x, return_all_features=False):
+def forward_features(self: Any, x, return_all_features=False):
     kept = _kept(self, x)
     if kept is None:
         x = self.patch_embed(x)
-    elif isinstance(self.patch_embed, Replaced):
-        x = self.patch_embed(x, kept=kept)
     else:
-        x = gather_tokens(self.patch_embed(x), kept, prefix_tokens=0)
+        known = isinstance(self.patch_embed, Replaced)
+        x = self.patch_embed(x, kept=kept) if known else gather_tokens(self.patch_embed(x), kept, prefix_tokens=0)
     x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1)
     if self.pos_embed is not None:
         x = x + (self.pos_embed if kept is None else gather_tokens(self.pos_embed.expand(len(x), -1, -1), kept))
@@ -257,7 +263,8 @@ def patch_embed_forward(self, x, kept=None, **kwargs):
         return gather_tokens(original(self).forward(self, x, **kwargs), kept, prefix_tokens=0)
     if tuple(x.shape[2:]) != tuple(self.img_size):
         raise ValueError(f"the images are {tuple(x.shape[2:])}; this model takes {tuple(self.img_size)}")
-    return F.linear(patchify(x, proj.kernel_size, kept), proj.weight.flatten(1), proj.bias)
+    rows, columns = proj.kernel_size
+    return F.linear(patchify(x, (rows, columns), kept), proj.weight.flatten(1), proj.bias)
 
 
 def block_forward(self, x, rel_pos_bias=None, attn_mask=None, kept=None):

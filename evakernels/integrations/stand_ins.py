@@ -103,6 +103,7 @@ class _FusedNorm(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)) if elementwise_affine else None)
         self.reset_parameters()
 
+    weight: nn.Parameter | None
     _parameter_names: tuple[str, ...]
 
     def reset_parameters(self) -> None:
@@ -124,6 +125,7 @@ class FusedLayerNorm(_FusedNorm):
     changes no result and is without effect.
     """
 
+    bias: nn.Parameter | None
     _parameter_names = ("weight", "bias")
 
     def forward(self, input: Tensor) -> Tensor:
@@ -387,7 +389,7 @@ def _described(x: object) -> str:
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
-def _refuse_options(optimizer: str, group: object, options: tuple[str, ...]) -> None:
-    for name in options if isinstance(group, dict) else ():
-        if name in group:
+def _refuse_options(optimizer: str, group: Any, options: tuple[str, ...]) -> None:
+    for name in options:
+        if isinstance(group, dict) and name in group:
             raise NotImplementedError(f"{optimizer}: a group has {name} of its own, which the stand-in does not cover")
