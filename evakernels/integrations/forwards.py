@@ -132,9 +132,11 @@ def drop_path(branch: Tensor, rate: float, rescale: bool = True) -> Tensor:
 
 def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of one Linear that computes what these do, one after the other."""
-    weight = torch.cat([linear.weight for linear in linears])
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    weight = torch.cat(tuple(linear.weight for linear in linears))
     if all(linear.bias is None for linear in linears):
         return weight, None
     zeros = (weight.new_zeros(linear.out_features) for linear in linears)
     biases = [zero if linear.bias is None else linear.bias for linear, zero in zip(linears, zeros, strict=True)]
-    return weight, torch.cat(biases)
+    return weight, torch.cat(tuple(biases))

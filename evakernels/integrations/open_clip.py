@@ -37,9 +37,9 @@ def replace(model: nn.Module, *, draw: timm.Draw | None = None) -> Report:
         ValueError: it was replaced before, is on meta, or has nothing that could be replaced.
         ModuleNotFoundError: open_clip is not installed.
     """
-    from open_clip import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
     from open_clip import transformer as theirs
     from open_clip.hf_model import HFTextEncoder
+    from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
     from open_clip.timm_model import TimmModel
 
     plan = Plan("integrations.open_clip", model)
@@ -169,7 +169,7 @@ def _attention_reason(attn: nn.MultiheadAttention, tower) -> str | None:
 
 
 def _decide_loss(plan: Plan, name: str, loss) -> None:
-    from open_clip import ClipLoss, SigLipLoss
+    from open_clip.loss import ClipLoss, SigLipLoss
 
     many = loss.world_size > 1
     if type(loss) is SigLipLoss:

@@ -48,14 +48,14 @@ def bare(*modules: nn.Module) -> bool:
 
 
 @cache
-def _class(before: type, methods: Methods) -> type:
+def _class(before: Any, methods: Methods) -> type:
     described = {"_evakernels_original": before, "_evakernels_methods": methods}
     names = {"__module__": before.__module__, "__qualname__": before.__qualname__, "__doc__": before.__doc__}
     return type(before.__name__, (Replaced, before), {**dict(methods), **described, **names})
 
 
 def _new(before: type, methods: Methods) -> Any:
-    made = _class(before, methods)
+    made: Any = _class(before, methods)
     return made.__new__(made)
 
 
@@ -181,7 +181,8 @@ class Plan:
             self.leave(name, f"somebody else has replaced its {taken[0]}, on the instance")
             return
         self._replaced[name] = by
-        made = _class(type(module), tuple(sorted(methods.items())))
+        before: Any = type(module)
+        made = _class(before, tuple(sorted(methods.items())))
         self._steps.append(_Step(name, module, "__class__", made))
 
     def add(self, name: str, module: nn.Module, attribute: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """timm's EVA models (`timm.models.eva.Eva`), also inside other models, such as open_clip's."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def decide(plan: Plan, draw: Draw | None = None) -> None:
             _decide(plan, name, module, draw)
 
 
-def _decide(plan: Plan, prefix: str, model: nn.Module, draw: Draw | None) -> None:
+def _decide(plan: Plan, prefix: str, model: Any, draw: Draw | None) -> None:
     from timm.layers import AttentionRope, GluMlp, LayerNorm, Mlp, PatchDropoutWithIndices, RmsNorm, SwiGLU
     from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 
@@ -61,6 +62,7 @@ def _decide(plan: Plan, prefix: str, model: nn.Module, draw: Draw | None) -> Non
     feeding = {id(norm) for block in blocks for norm in _feeding_products(block, type(block) is EvaBlock)}
     attentions = {name: module for name, module in modules if type(module) in (EvaAttention, AttentionRope)}
     reasons = {name: _attention_reason(module) for name, module in attentions.items()}
+    why: str | None
     rope = None
     if model.rope is not None and attentions:
         rope, why = _rope(model.rope, next(iter(attentions.values())))
@@ -69,7 +71,7 @@ def _decide(plan: Plan, prefix: str, model: nn.Module, draw: Draw | None) -> Non
             rope, why = None, f"{failing}, which is not replaced, needs its tables"
         rope_name = f"{prefix}.rope" if prefix else "rope"
         if rope is None:
-            plan.leave(rope_name, why)
+            plan.leave(rope_name, str(why))
             reasons = {name: reason or f"its angles cannot be taken over: {why}" for name, reason in reasons.items()}
         else:
             plan.replace(rope_name, model.rope, "patch ids instead of tables", get_embed=rope_get_embed)
@@ -213,11 +215,12 @@ def attention_forward(self, x, rope=None, attn_mask=None, is_causal=False):
             rope = _table(self.evakernels_rope)[ids[..., 0]]
         options = {"is_causal": True} if is_causal else {}
         return original(self).forward(self, x, rope=rope, attn_mask=attn_mask, **options)
-    if getattr(self, "q_bias", None) is not None:
-        weight, bias = self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias))
+    if getattr(self, "q_bias", None) is not None:  # of EvaAttention
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
     else:
-        weight, bias = (self.qkv.weight, self.qkv.bias) if self.qkv is not None else forwards.joined(*linears)
-    qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        qkv = F.linear(x, *forwards.joined(*linears))
+    qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
     rotation = None if ids is None else self.evakernels_rope
     positions = ids.flatten(1) if ids is not None and ids.dim() > 2 else None  # (B, 1, K, 1) where patches were dropped
     y = attention_qkvpacked(qkv, rope=rotation, positions=positions, causal=is_causal).flatten(2)
@@ -256,14 +259,14 @@ def swiglu_forward(self, x):
 
 
 def packed_swiglu_forward(self, x):
-    normed = type(self.norm) is not nn.Identity
-    if normed and not bare(self.norm):
+    norm = None if type(self.norm) is nn.Identity else self.norm
+    if norm is not None and not bare(norm):
         return original(self).forward(self, x)
     gate, up = self.fc1(x).chunk(2, -1)
     if self.gate_last:
         gate, up = up, gate
-    norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-    return self.drop2(self.fc2(swiglu_norm(gate, up, *norm) if normed else swiglu(gate, up)))
+    y = swiglu(gate, up) if norm is None else swiglu_norm(gate, up, norm.weight, norm.bias, norm.eps)
+    return self.drop2(self.fc2(y))
 
 
 def patch_dropout_forward(self, x):

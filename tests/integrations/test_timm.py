@@ -35,7 +35,7 @@ def make(name, **options):
     if name == "other":
         return twins.scrambled(Eva(**OTHER, **options))
     entry, sizes = MODELS[name]
-    return twins.scrambled(timm.create_model(entry, depth=2, num_classes=8, **sizes, **options))
+    return twins.scrambled(timm.create_model(entry, **{"depth": 2, "num_classes": 8} | sizes | options))
 
 
 def twin(model, **options):
@@ -96,7 +96,7 @@ def test_activation_checkpointing_gives_the_same_bits(dropping):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_compiles_without_a_graph_break(checkpointing):
-    replaced = twin(make("EVA02-B", patch_drop_rate=0.5))[0]
+    replaced = twin(make("EVA02-B", patch_drop_rate=0.5, depth=1))[0]
     replaced.set_grad_checkpointing(checkpointing)
     twins.assert_compiles_alike(replaced, call, twins.images(size(replaced)))
 
@@ -320,7 +320,7 @@ def test_wrong_uses_are_explained():
 
 
 def test_triton_serves_a_replaced_model(triton_kernels):
-    untouched = make("EVA02-B", patch_drop_rate=0.75)
+    untouched = make("EVA02-B", patch_drop_rate=0.75, depth=1)
     replaced, _ = twin(untouched)
     untouched, replaced = (model.to(triton_kernels) for model in (untouched, replaced))
     twins.assert_same(untouched, replaced, call, twins.images(64, batch=1).to(triton_kernels))
