@@ -226,6 +226,21 @@ def test_apexs_norms_give_autocasts_dtype_as_they_did():
     twins.assert_same(*pair(model.eval()), both, *inputs(), autocast=True)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_by_itself_gives_the_dtype_it_gave(dtype, weights, autocast):
+    for family in ("8B", "EVA01"):
+        if family == "EVA01" and dtype != weights:
+            continue  # PyTorch's refuses some of these
+        untouched, replaced = pair(clip(family).visual)
+        x = torch.randn(2, 64).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, expected = (tower.norm.to(weights)(x) for tower in (replaced, untouched))
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected)
+
+
 def test_mean_pooling_and_all_features_are_as_before():
     model = clip("EVA02-E", use_mean_pooling=True)
     twins.assert_same(*pair(model), both, *inputs())
