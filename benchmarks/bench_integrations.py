@@ -10,25 +10,29 @@ from torch import Tensor, nn
 from benchmarks import harness
 
 MODE = "step"  # forward and backward, without the optimizer
-# Of timm's entry points: blocks on a GPU (models are cut to a few), and sizes on a CPU.
+# Of timm's entry points: images on a CPU, where one block is enough; and sizes to try whether it runs.
 TIMM = {
-    "eva02_base_patch16_clip_224": (4, {"img_size": 64, "depth": 2, "embed_dim": 128, "num_heads": 2}),
-    "eva02_large_patch14_clip_224": (4, {"img_size": 56, "depth": 2, "embed_dim": 128, "num_heads": 2}),
-    "eva02_enormous_patch14_clip_224": (2, {"img_size": 56, "depth": 1, "embed_dim": 224, "num_heads": 2}),
+    "eva02_base_patch16_clip_224": (8, {"img_size": 64, "embed_dim": 128, "num_heads": 2}),
+    "eva02_large_patch14_clip_224": (4, {"img_size": 56, "embed_dim": 128, "num_heads": 2}),
+    "eva02_enormous_patch14_clip_224": (2, {"img_size": 56, "embed_dim": 224, "num_heads": 2, "mlp_ratio": 2}),
 }
-LAYERS = 4  # of each of open_clip's towers
+GPU_BLOCKS, GPU_IMAGES = 4, 128
 
 
-def timm_case(name: str, small: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
+def timm_case(name: str, quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
     """What is timed: in words, the model, its inputs, and the scalar to differentiate."""
     timm = importlib.import_module("timm")
-    depth, sizes = TIMM[name]
-    options = sizes if small else {"depth": depth}
+    images, tiny = TIMM[name]
+    depth, batch = (GPU_BLOCKS, GPU_IMAGES) if harness.device().type == "cuda" else (1, images)
+    if quick:
+        batch = 2
+    options = {"depth": depth} | (tiny if quick else {})
     model = timm.create_model(name, patch_drop_rate=0.5, drop_path_rate=0.1, num_classes=16, **options)
-    batch, side = (4 if small else 128), model.patch_embed.img_size[0]
-    images = torch.randn(batch, 3, side, side)
-    words = f"timm {name}, {len(model.blocks)} blocks of {model.embed_dim}, {batch} images of {side} px"
-    return f"{words}, half the patches", model, (images,), lambda out: out.float().square().mean()
+    side = model.patch_embed.img_size[0]
+    words = (
+        f"timm {name}, {depth} of its blocks, width {model.embed_dim}, {batch} images of {side} px, half the patches"
+    )
+    return words, model, (torch.randn(batch, 3, side, side),), lambda out: out.float().square().mean()
 
 
 class WithLoss(nn.Module):
@@ -42,11 +46,12 @@ class WithLoss(nn.Module):
         return self.loss(**self.model(images, texts))
 
 
-def open_clip_case(small: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
+def open_clip_case(quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
     """ViT-B/32's widths, or narrow ones, with the contrastive loss."""
     open_clip = importlib.import_module("open_clip")
-    layers, (batch, side, vocabulary, context) = (1, (4, 64, 64, 16)) if small else (LAYERS, (512, 224, 49408, 77))
-    width, text_width = (64, 64) if small else (768, 512)
+    layers, batch = (GPU_BLOCKS, 512) if harness.device().type == "cuda" else (1, 16)
+    side, vocabulary, context = (64, 64, 16) if quick else (224, 49408, 77)
+    width, text_width = (64, 64) if quick else (768, 512)
     vision = {"layers": layers, "width": width, "head_width": 64, "patch_size": 32, "image_size": side}
     text = {"layers": layers, "width": text_width, "heads": text_width // 64, "vocab_size": vocabulary}
     text["context_length"] = context
@@ -85,9 +90,8 @@ def steps(case: tuple, integration: str, half: bool) -> harness.Providers:
 def rows(quick: bool) -> Iterator[dict]:
     """Each codebase's models; on a GPU under autocast in bfloat16."""
     half = harness.device().type == "cuda"
-    small = quick or not half
-    cases = [("timm", lambda name=name: timm_case(name, small)) for name in TIMM]
-    cases += [("open_clip", lambda: open_clip_case(small))]
+    cases = [("timm", lambda name=name: timm_case(name, quick)) for name in TIMM]
+    cases += [("open_clip", lambda: open_clip_case(quick))]
     for integration, make in cases:
         if isinstance(absent := harness.peer(integration), str):
             yield from harness.compare("integrations", integration, "", MODE, {"evakernels": absent})

@@ -22,8 +22,8 @@ replaced model can be pickled:
                     plan.replace(name, module, "layer_norm", forward=norm_forward)
         return plan.carry_out("a model of theirs with LayerNorm")  # all or nothing
 
-All is decided, and all that may fail done, before `carry_out`. What serves every module that was meant is listed in
-`report.replaced`, what does not in `report.left` with the reason.
+All is decided, and all that may fail done, before `carry_out`. Every module that the integration means to serve is then
+in `report.replaced` with what computes it, or in `report.left` with the reason why it could not be.
 """
 
 from evakernels.integrations.patch import Plan, Replaced, Report, bare, original

@@ -89,6 +89,8 @@ def decide_norm(plan: Plan, name: str, norm: nn.Module, feeding: bool) -> None:
         else:
             keeps = type(norm) is not nn.LayerNorm
             plan.replace(name, norm, "layer_norm", forward=same_dtype_norm_forward if keeps else norm_forward)
+    elif isinstance(norm, nn.LayerNorm | nn.RMSNorm) and (why := norm_reason(norm)):
+        plan.leave(name, why)
 
 
 def pre_norm_step(x: Tensor, branch: Tensor, norm: nn.Module, scale: Tensor | None, drop: Tensor | None):

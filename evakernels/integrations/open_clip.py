@@ -35,7 +35,7 @@ def replace(model: nn.Module, *, draw: timm.Draw | None = None) -> Report:
     Raises:
         TypeError: nothing in the model is open_clip's.
         ValueError: it was replaced before, is on meta, or has nothing that could be replaced.
-        ModuleNotFoundError: open_clip is not installed.
+        ModuleNotFoundError: open_clip, or timm which it needs, is not installed.
     """
     from open_clip import transformer as theirs
     from open_clip.hf_model import HFTextEncoder
@@ -51,7 +51,7 @@ def replace(model: nn.Module, *, draw: timm.Draw | None = None) -> Report:
     within = {id(block.attn) for block in blocks}
     for name, module in plan.modules():
         kind = type(module)
-        if kind in norms:
+        if isinstance(module, norms):
             if why := forwards.norm_reason(module, *norms):
                 plan.leave(name, why)
             else:

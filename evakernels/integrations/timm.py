@@ -79,7 +79,7 @@ def _decide(plan: Plan, prefix: str, model: Any, draw: Draw | None) -> None:
 
     for name, module in modules:
         kind = type(module)
-        if kind in (nn.LayerNorm, LayerNorm, RmsNorm):
+        if isinstance(module, nn.LayerNorm | RmsNorm):
             if why := forwards.norm_reason(module, LayerNorm):
                 plan.leave(name, why)
             elif id(module) in feeding or getattr(module, "_fast_norm", False):

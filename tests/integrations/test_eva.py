@@ -354,6 +354,12 @@ def test_a_class_of_another_shape_under_a_known_name_is_left():
     assert report.left["blocks.1"].startswith("its attributes, or the parameters of its methods, are not those of eva_")
 
 
+def test_a_norm_of_another_class_is_left():
+    tower = clip().visual
+    tower.norm.__class__ = type("GuidedNorm", (eva_like.LayerNorm,), {})
+    assert eva.replace(tower).left == {"norm": "it is a GuidedNorm; only LayerNorm is covered"}
+
+
 def test_a_text_mask_that_is_not_causal_is_left_to_the_original():
     model = clip()
     model.text.attn_mask[0, 1] = 0.0

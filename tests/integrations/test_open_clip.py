@@ -311,6 +311,13 @@ def test_the_optimizer_has_the_groups_of_open_clips_training_loop():
     assert not found & {"visual.proj", "visual.positional_embedding", "text.token_embedding.weight"}
 
 
+@pytest.mark.parametrize("name", ["logit_scales", "bn_table", "ln_table", "biases"])
+def test_a_matrix_is_told_by_its_name_as_well(name):
+    model = nn.ParameterDict({"matrix": torch.zeros(2, 2), name: torch.zeros(2, 2)})
+    without, decayed = optimizer(model, 1e-3).param_groups
+    assert without["params"][0] is model[name] and decayed["params"][0] is model["matrix"]
+
+
 def test_wrong_uses_are_explained():
     with pytest.raises(TypeError, match=r"nothing in this Linear is known to it; give a model of open_clip"):
         replace(nn.Linear(2, 2))

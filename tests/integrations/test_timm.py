@@ -53,7 +53,7 @@ def pair(request):
     return untouched, *twin(untouched)
 
 
-@pytest.fixture(scope="module", params=["EVA02-B", "other"])
+@pytest.fixture(scope="module", params=["EVA02-B", "EVA02-E", "other"])
 def dropping(request):
     untouched = make(request.param, **DROPS)
     return untouched, twin(untouched)[0]
@@ -71,6 +71,15 @@ def test_outputs_and_gradients_are_those_of_the_untouched_model(pair, training, 
     untouched.train(training)
     replaced.train(training)
     twins.assert_same(untouched, replaced, call, twins.images(size(untouched)), autocast=autocast)
+
+
+def test_norms_that_feed_products_alone_have_their_dtype_under_autocast():
+    replaced, _ = twin(make("EVA02-B"))
+    x = torch.randn(2, 3, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        block = replaced.blocks[0]
+        assert {norm(x).dtype for norm in (block.norm1, block.norm2, block.attn.norm)} == {torch.bfloat16}
+        assert replaced.norm(x).dtype == torch.float32
 
 
 def test_parameters_buffers_and_classes_look_the_same(pair):
@@ -243,6 +252,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads
 ROPE = TINY | {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}
 HEADS = "its head dimension is 24; attention serves 32 to 128 in steps of 8"
 RMS = "it is a RmsNorm; only LayerNorm is covered"
+FP32 = "it is a LayerNormFp32; only LayerNorm is covered"
 ANGLES = "its angles are not those of Rope2d (offset, order of the axes, or layout)"
 MIXED = "it is a RotaryEmbeddingMixed; only RotaryEmbeddingCat is covered"
 LEFT = {
@@ -265,6 +275,10 @@ LEFT = {
             "blocks.0": f"of its norm: {RMS}",
             **dict.fromkeys(("blocks.0.norm1", "blocks.0.norm2", "fc_norm"), RMS),
         },
+    ),
+    "norms in float32": (
+        TINY | {"norm_layer": timm.layers.LayerNormFp32},
+        {"blocks.0": f"of its norm: {FP32}", **dict.fromkeys(("blocks.0.norm1", "blocks.0.norm2", "fc_norm"), FP32)},
     ),
     "offset": (
         ROPE | {"rope_grid_offset": 0.5},
