@@ -67,7 +67,7 @@ def replace(model: nn.Module, *, draw: timm.Draw | None = None) -> Report:
         elif kind is theirs.PatchDropout:
             plan.replace(name, module, "gather_tokens", forward=patch_dropout_forward)
             plan.add(name, module, "evakernels_draw", draw)
-        elif kind is TimmModel and not _has_eva(module):
+        elif kind is TimmModel and not timm.covers(module.trunk):  # type: ignore[arg-type]
             plan.leave(f"{name}.trunk" if name else "trunk", f"timm's {type(module.trunk).__name__} is not covered")
         elif kind is HFTextEncoder:
             plan.leave(name, "a text tower of transformers is not covered")
@@ -119,12 +119,6 @@ def _towers(plan: Plan) -> dict[int, nn.Module]:
         if type(module) in (CLIP, TextTransformer, VisionTransformer)
         for block in module.transformer.resblocks  # type: ignore[union-attr]
     }
-
-
-def _has_eva(module: nn.Module) -> bool:
-    from timm.models.eva import Eva
-
-    return type(module.trunk) is Eva
 
 
 def _decide_block(plan: Plan, name: str, block, norms: tuple[type, ...], tower) -> None:

@@ -1,4 +1,4 @@
-"""timm's EVA models (`timm.models.eva.Eva`), also inside other models, such as open_clip's."""
+"""timm's `Eva` and `VisionTransformer`, also inside other models, such as open_clip's."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,12 +16,12 @@ from evakernels.ops.tokens import gather_tokens
 
 __all__ = ["replace"]
 
-EXPECTED = "a timm.models.eva.Eva, such as timm.create_model('eva02_base_patch16_clip_224')"
+EXPECTED = "an Eva or VisionTransformer of timm, such as timm.create_model('eva02_base_patch16_clip_224')"
 Draw = Callable[[int, int, int, torch.device], Tensor]
 
 
 def replace(model: nn.Module, *, draw: Draw | None = None) -> Report:
-    """Let every `timm.models.eva.Eva` in a model, or the model that is one, be computed by this package.
+    """Let every `Eva` and `VisionTransformer` of timm in a model, or a model that is one, be computed by this package.
 
     Outputs and gradients are those of the untouched model up to rounding, with the same draws of stochastic depth and,
     unless `draw` is given, of the patches to keep.
@@ -35,7 +35,7 @@ def replace(model: nn.Module, *, draw: Draw | None = None) -> Report:
         What was replaced, what was not and why.
 
     Raises:
-        TypeError: there is no Eva in the model.
+        TypeError: there is no such model in it.
         ValueError: it was replaced before, is on meta, or has nothing that could be replaced.
         ModuleNotFoundError: timm is not installed.
     """
@@ -45,26 +45,34 @@ def replace(model: nn.Module, *, draw: Draw | None = None) -> Report:
 
 
 def decide(plan: Plan, draw: Draw | None = None) -> None:
-    """Plan what to replace in every Eva of the plan's model."""
-    from timm.models.eva import Eva
-
+    """Plan what to replace in every tower of the plan's model that `covers` knows."""
     for name, module in plan.modules():
-        if type(module) is Eva:
+        if covers(module):
             _decide(plan, name, module, draw)
 
 
+def covers(module: nn.Module) -> bool:
+    """Whether it is exactly one of timm's models that are covered."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    return type(module) in (Eva, VisionTransformer)
+
+
 def _decide(plan: Plan, prefix: str, model: Any, draw: Draw | None) -> None:
-    from timm.layers import AttentionRope, GluMlp, LayerNorm, Mlp, PatchDropoutWithIndices, RmsNorm, SwiGLU
+    from timm import layers
     from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+    from timm.models.vision_transformer import Block
 
     modules = [(".".join(filter(None, (prefix, name))), module) for name, module in model.named_modules()]
-    blocks = [module for _, module in modules if type(module) in (EvaBlock, EvaBlockPostNorm)]
-    feeding = {id(norm) for block in blocks for norm in _feeding_products(block, type(block) is EvaBlock)}
-    attentions = {name: module for name, module in modules if type(module) in (EvaAttention, AttentionRope)}
+    blocks = [module for _, module in modules if type(module) in (EvaBlock, EvaBlockPostNorm, Block)]
+    feeding = {id(norm) for block in blocks for norm in _feeding_products(block, type(block) is not EvaBlockPostNorm)}
+    kinds = EvaAttention, layers.AttentionRope, layers.Attention
+    attentions = {name: module for name, module in modules if type(module) in kinds}
     reasons = {name: _attention_reason(module) for name, module in attentions.items()}
     why: str | None
     rope = None
-    if model.rope is not None and attentions:
+    if getattr(model, "rope", None) is not None and attentions:
         rope, why = _rope(model.rope, next(iter(attentions.values())))
         failing = next((name for name, reason in reasons.items() if reason), None)
         if rope is not None and failing:
@@ -79,52 +87,58 @@ def _decide(plan: Plan, prefix: str, model: Any, draw: Draw | None) -> None:
 
     for name, module in modules:
         kind = type(module)
-        if isinstance(module, nn.LayerNorm | RmsNorm):
-            if why := forwards.norm_reason(module, LayerNorm):
+        if isinstance(module, nn.LayerNorm | layers.RmsNorm):
+            if why := forwards.norm_reason(module, layers.LayerNorm):
                 plan.leave(name, why)
             elif id(module) in feeding or getattr(module, "_fast_norm", False):
                 plan.replace(name, module, "layer_norm", forward=forwards.inner_norm_forward)
             else:
                 plan.replace(name, module, "layer_norm", forward=forwards.norm_forward)
-        elif kind in (EvaAttention, AttentionRope):
+        elif kind in kinds:
             if why := reasons[name]:
                 plan.leave(name, why)
             else:
                 by = f"attention_qkvpacked{', rotary embedding included' if rope else ''}"
-                plan.replace(name, module, by, forward=attention_forward)
+                plain = kind is layers.Attention
+                plan.replace(name, module, by, forward=plain_attention_forward if plain else attention_forward)
                 if rope is not None:
                     plan.add(name, module, "evakernels_rope", rope)
-        elif kind in (EvaBlock, EvaBlockPostNorm):
-            post = kind is EvaBlockPostNorm
-            if why := _block_reason(module, LayerNorm, post):
+        elif kind in (EvaBlock, EvaBlockPostNorm, Block):
+            if why := _block_reason(module, layers.LayerNorm, kind is EvaBlockPostNorm):
                 plan.leave(name, why)
-            elif post:
+            elif kind is EvaBlockPostNorm:
                 plan.replace(name, module, "norm_add, twice", forward=post_norm_block_forward)
             else:
-                plan.replace(name, module, "add_norm", forward=block_forward)
-        elif kind in (SwiGLU, GluMlp):
+                plan.replace(name, module, "add_norm", forward=block_forward if kind is EvaBlock else vit_block_forward)
+        elif kind in (layers.SwiGLU, layers.GluMlp):
             norm = "" if type(module.norm) is nn.Identity else "_norm"
-            packed = kind is GluMlp
-            if why := _gated_reason(module, LayerNorm):
+            packed = kind is layers.GluMlp
+            if why := _gated_reason(module, layers.LayerNorm):
                 plan.leave(name, why)
             elif packed:
                 plan.replace(name, module, f"swiglu{norm}", forward=packed_swiglu_forward)
             else:
                 plan.replace(name, module, f"swiglu{norm}_packed", forward=swiglu_forward)
-        elif kind is PatchDropoutWithIndices:
-            plan.replace(name, module, "gather_tokens", forward=patch_dropout_forward)
+        elif kind in (layers.PatchDropout, layers.PatchDropoutWithIndices):
+            alone = kind is layers.PatchDropout
+            forward = patch_dropout_alone_forward if alone else patch_dropout_forward
+            plan.replace(name, module, "gather_tokens", forward=forward)
             plan.add(name, module, "evakernels_draw", draw)
-        elif kind is Mlp:
+        elif kind is layers.Mlp:
             plan.leave(name, forwards.GELU)
+        elif kind is layers.AttentionPoolLatent:
+            plan.leave(name, "its queries are not the tokens that it attends to")
+        elif module in model.blocks or any(module is block.attn for block in blocks):
+            plan.leave(name, f"a {kind.__name__} is not covered")
 
 
-def _feeding_products(block, pre_norm: bool) -> Iterator[nn.Module]:
+def _feeding_products(block, pre_norm: bool) -> Iterator[nn.Module | None]:
     """Its norms whose outputs nothing but matrix products reads."""
     if pre_norm:
         yield from (block.norm1, block.norm2)
     if getattr(block.attn, "gate", None) is None:
-        yield block.attn.norm
-    yield block.mlp.norm
+        yield getattr(block.attn, "norm", None)
+    yield getattr(block.mlp, "norm", None)
 
 
 def _attention_reason(attn) -> str | None:
@@ -140,7 +154,7 @@ def _attention_reason(attn) -> str | None:
 
 
 def _block_reason(block, known: type, post: bool) -> str | None:
-    from timm.layers import DropPath
+    from timm.layers import DropPath, LayerScale
 
     for norm in (block.norm1, block.norm2) if post else (block.norm2,):
         if why := forwards.norm_reason(norm, known):
@@ -148,6 +162,8 @@ def _block_reason(block, known: type, post: bool) -> str | None:
     for drop in (block.drop_path1, block.drop_path2):
         if type(drop) not in (nn.Identity, DropPath):
             return f"its drop path is a {type(drop).__name__}"
+    if type(scale := getattr(block, "ls1", None)) not in (type(None), nn.Identity, LayerScale):
+        return f"its layer scale is a {type(scale).__name__}"
     return None
 
 
@@ -213,8 +229,8 @@ def attention_forward(self, x, rope=None, attn_mask=None, is_causal=False):
     if attn_mask is not None or (rope is not None and ids is None) or not bare(*linears):
         if ids is not None:
             rope = _table(self.evakernels_rope)[ids[..., 0]]
-        options = {"is_causal": True} if is_causal else {}
-        return original(self).forward(self, x, rope=rope, attn_mask=attn_mask, **options)
+        given = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal or None}
+        return original(self).forward(self, x, **{name: value for name, value in given.items() if value is not None})
     if getattr(self, "q_bias", None) is not None:  # of EvaAttention
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
@@ -227,6 +243,10 @@ def attention_forward(self, x, rope=None, attn_mask=None, is_causal=False):
     return self.proj_drop(self.proj(self.norm(y)))
 
 
+def plain_attention_forward(self, x, attn_mask=None, is_causal=False):
+    return attention_forward(self, x, None, attn_mask, is_causal)
+
+
 def block_forward(self, x, *args, **kwargs):
     if not bare(self.norm2):
         return original(self).forward(self, x, *args, **kwargs)
@@ -234,6 +254,15 @@ def block_forward(self, x, *args, **kwargs):
     x, y = forwards.pre_norm_step(x, branch, self.norm2, self.gamma_1, _drop(self.drop_path1, branch))
     branch = self.mlp(y)
     return x + self.drop_path2(branch if self.gamma_2 is None else self.gamma_2 * branch)
+
+
+def vit_block_forward(self, x, *args, **kwargs):
+    if not bare(self.norm2):
+        return original(self).forward(self, x, *args, **kwargs)
+    branch = self.attn(self.norm1(x), *args, **kwargs)
+    scale = getattr(self.ls1, "gamma", None)
+    x, y = forwards.pre_norm_step(x, branch, self.norm2, scale, _drop(self.drop_path1, branch))
+    return x + self.drop_path2(self.ls2(self.mlp(y)))
 
 
 def post_norm_block_forward(self, x, *args, **kwargs):
@@ -281,3 +310,7 @@ def patch_dropout_forward(self, x):
         if self.ordered:
             kept = kept.sort(-1).values
     return gather_tokens(x, kept, prefix_tokens=self.num_prefix_tokens), kept
+
+
+def patch_dropout_alone_forward(self, x):
+    return patch_dropout_forward(self, x)[0]

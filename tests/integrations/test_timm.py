@@ -1,4 +1,4 @@
-"""timm's EVA models, replaced: the same to rounding, in every mode, with every module accounted for."""
+"""timm's models, replaced: the same to rounding, in every mode, with every module accounted for."""
 
 import copy
 import io
@@ -20,6 +20,7 @@ MODELS = {
     "EVA02-L-336": ("eva02_large_patch14_clip_336", {"img_size": 84, "embed_dim": 64, "num_heads": 1}),
     "EVA01-g": ("eva_giant_patch14_clip_224", {"img_size": 56, "embed_dim": 176, "num_heads": 2, "mlp_ratio": 2}),
     "EVA02-E": ("eva02_enormous_patch14_clip_224", {"img_size": 56, "embed_dim": 224, "num_heads": 2, "mlp_ratio": 2}),
+    "SigLIP": ("vit_base_patch16_siglip_224", {"img_size": 64, "embed_dim": 64, "num_heads": 2, "init_values": 0.3}),
 }
 # What no EVA-CLIP model has, but Eva can: packed SwiGLU, layer scale, registers, halves of a head turned.
 OTHER = {
@@ -53,7 +54,7 @@ def pair(request):
     return untouched, *twin(untouched)
 
 
-@pytest.fixture(scope="module", params=["EVA02-B", "EVA02-E", "other"])
+@pytest.fixture(scope="module", params=["EVA02-B", "EVA02-E", "SigLIP", "other"])
 def dropping(request):
     untouched = make(request.param, **DROPS)
     return untouched, twin(untouched)[0]
@@ -132,17 +133,24 @@ REPLACED = {
     ),
     "EVA01-g": {"norm": "layer_norm"} | of_blocks({"": "add_norm", ".attn": PLAIN} | NORMS),
     "EVA02-E": {"norm": "layer_norm"} | of_blocks({"": "norm_add, twice", ".attn": PLAIN} | NORMS),
+    "SigLIP": {"norm": "layer_norm", "attn_pool.norm": "layer_norm"}
+    | of_blocks({"": "add_norm", ".attn": PLAIN} | NORMS),
     "other": {"rope": "patch ids instead of tables", "fc_norm": "layer_norm"}
     | of_blocks({"": "add_norm", ".attn": TURNED, ".mlp": "swiglu"} | NORMS),
 }
 GELU = "two matrix products and a GELU: there is nothing to fuse"
+LEFT = {
+    **dict.fromkeys(("EVA01-g", "EVA02-E"), of_blocks({".mlp": GELU})),
+    "SigLIP": of_blocks({".mlp": GELU})
+    | {"attn_pool": "its queries are not the tokens that it attends to", "attn_pool.mlp": GELU},
+}
 
 
 @pytest.mark.parametrize("name", [*MODELS, "other"])
 def test_the_report_accounts_for_every_module(name):
     report = twin(make(name))[1]
     assert report.replaced == REPLACED[name]
-    assert report.left == (of_blocks({".mlp": GELU}) if name in ("EVA01-g", "EVA02-E") else {})
+    assert report.left == LEFT.get(name, {})
 
 
 def test_dropping_patches_is_reported():
@@ -219,10 +227,16 @@ def test_the_emptied_table_still_serves_whoever_passes_it_on():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("part", ["attn.q_proj", "attn.qkv", "norm2", "norm1", "mlp.fc1_g", "mlp.norm"])
-def test_what_is_hooked_or_exchanged_later_is_called(part):
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *(("EVA02-B", part) for part in ("attn.q_proj", "norm2", "mlp.fc1_g", "mlp.norm")),
+        *(("EVA01-g", "attn.qkv"), ("EVA02-E", "norm1"), ("SigLIP", "attn.qkv"), ("SigLIP", "norm2")),
+    ],
+)
+def test_what_is_hooked_or_exchanged_later_is_called(name, part):
     """An adapter in the place of a layer, or a hook on it, is not passed over."""
-    untouched = make("EVA02-E" if part == "norm1" else "EVA01-g" if part == "attn.qkv" else "EVA02-B").eval()
+    untouched = make(name).eval()
     replaced, _ = twin(untouched)
     x = twins.images(size(untouched))
 
@@ -244,7 +258,7 @@ def test_what_is_hooked_or_exchanged_later_is_called(part):
             adapted = Adapted(parent.get_submodule(leaf).in_features, parent.get_submodule(leaf).out_features)
             adapted.load_state_dict(parent.get_submodule(leaf).state_dict(), strict=False)
             setattr(parent, leaf, adapted)
-        if part != "attn.qkv":  # of which timm itself reads the weight alone
+        if name != "EVA01-g":  # of which timm itself reads the weight alone
             assert torch.allclose(replaced(x), untouched(x))
 
 
@@ -255,7 +269,7 @@ RMS = "it is a RmsNorm; only LayerNorm is covered"
 FP32 = "it is a LayerNormFp32; only LayerNorm is covered"
 ANGLES = "its angles are not those of Rope2d (offset, order of the axes, or layout)"
 MIXED = "it is a RotaryEmbeddingMixed; only RotaryEmbeddingCat is covered"
-LEFT = {
+CASES = {
     "head dimension": (
         TINY | {"embed_dim": 48}, {"blocks.0.attn": HEADS}
     ),
@@ -298,9 +312,9 @@ LEFT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LEFT)
+@pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_served_is_left_with_its_reason(case):
-    options, left = LEFT[case]
+    options, left = CASES[case]
     torch.manual_seed(0)
     untouched = twins.scrambled(Eva(**options))
     replaced, report = twin(untouched)
@@ -314,6 +328,25 @@ def test_what_cannot_be_served_is_left_with_its_reason(case):
     twins.assert_same(untouched, replaced, call, twins.images(32))
 
 
+def test_blocks_and_attentions_of_other_classes_are_named():
+    options = {key: value for key, value in TINY.items() if key != "depth"} | {"depth": 2}
+    model = timm.models.VisionTransformer(**options, attn_layer=timm.layers.DiffAttention)
+    model.blocks[1] = timm.models.vision_transformer.ResPostBlock(64, 2)
+    report = twin(model)[1]
+    assert report.left["blocks.0.attn"] == "a DiffAttention is not covered"
+    assert report.left["blocks.1"] == "a ResPostBlock is not covered"
+    assert report.replaced["blocks.0"] == "add_norm"
+
+
+def test_a_mask_given_to_a_vision_transformer_is_obeyed():
+    untouched = make("SigLIP").eval()
+    replaced, _ = twin(untouched)
+    x, mask = torch.randn(2, 5, 64), torch.zeros(5, 5).masked_fill(torch.rand(5, 5) < 0.3, -1e4)
+    for options in ((mask,), (None, True), (mask, False)):
+        torch.testing.assert_close(replaced.blocks[0](x, *options), untouched.blocks[0](x, *options))
+        torch.testing.assert_close(replaced.blocks[0].attn(x, *options), untouched.blocks[0].attn(x, *options))
+
+
 def test_a_new_input_size_is_refused_rather_than_turned_by_the_old_angles():
     replaced, report = twin(make("EVA02-B"))
     replaced.set_input_size((32, 128))
@@ -324,7 +357,7 @@ def test_a_new_input_size_is_refused_rather_than_turned_by_the_old_angles():
 
 
 def test_wrong_uses_are_explained():
-    with pytest.raises(TypeError, match=r"nothing in this Linear is known to it; give a timm\.models\.eva\.Eva"):
+    with pytest.raises(TypeError, match=r"nothing in this Linear is known to it; give an Eva or VisionTransformer"):
         replace(nn.Linear(2, 2))
     replaced, _ = twin(make("EVA01-g"))
     with pytest.raises(ValueError, match=r"has been replaced before; call undo\(\)"):
