@@ -55,7 +55,7 @@ SWIGLU = "w1 w2 w3 act ffn_ln drop", {"forward": "self x"}
 
 
 class ClipLoss(_ClipLoss):
-    """EVA-CLIP's `ClipLoss`, by `evakernels.contrastive_loss`; set as `training.train.ClipLoss` it serves its trainer.
+    """EVA-CLIP's `ClipLoss`, by `evakernels.contrastive_loss`.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `evakernels.nn.ClipLoss`.
