@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evakernels.integrations import forwards
-from evakernels.integrations.patch import Plan, Replaced, Report, bare, original
+from evakernels.integrations.patch import Plan, Replaced, Report, bare, original, taken
 from evakernels.nn import ClipLoss as _ClipLoss
 from evakernels.nn import swiglu_mlp, whole_group
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
@@ -198,7 +198,7 @@ def _tower_reason(tower: Any, why: dict[int, str | None]) -> str | None:
     if not getattr(dropout, "exclude_first_token", False):
         return "its patch_dropout may drop the class token"
     for number, block in enumerate(tower.blocks if tower.rope is not None else ()):
-        if not _is(block, "Block", *BLOCK):
+        if not _is(block, "Block", *BLOCK) or taken(block, "forward"):
             return f"it drops patches, and blocks.{number} is not known to take their ids"
         if why.get(id(block.attn), "it is not known"):
             return f"it drops patches, and blocks.{number}.attn, which cannot be replaced, would not take their ids"
@@ -309,6 +309,8 @@ def _decide_attention(plan: Plan, name: str, attn: Any, why: str | None, ropes: 
 
 
 def _attention_reason(attn: Any, ropes: dict[int, Rope2d | str], biased: bool) -> str | None:
+    if why := taken(attn, "forward"):
+        return why
     if attn.relative_position_bias_table is not None or (biased and not attn.xattn):
         return "relative position bias is not covered"
     if attn.attn_drop.p > 0 or attn.xattn_drop > 0:
@@ -341,9 +343,13 @@ def _rope(rope: Any) -> Rope2d | str:
 
 
 def attention_forward(self, x, rel_pos_bias=None, attn_mask=None, kept=None):
-    if not self.xattn and (rel_pos_bias is not None or attn_mask is not None):  # which xattn ignores
+    biased = not self.xattn and (rel_pos_bias is not None or attn_mask is not None)  # which xattn ignores
+    if biased or self.attn_drop.p > 0 or self.xattn_drop > 0:
         if kept is not None:
-            raise NotImplementedError("eva_clip's Attention: a mask or bias beside dropped patches is not covered")
+            raise NotImplementedError(
+                "eva_clip's Attention: a mask or bias beside dropped patches is not covered, nor is dropout of"
+                " attention weights; leave it away, or call undo()"
+            )
         return original(self).forward(self, x, rel_pos_bias, attn_mask)
     # The original, too, reads these weights and calls no projection.
     weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight) if self.subln else (self.qkv.weight,)
@@ -388,7 +394,9 @@ def _decide_text_block(plan: Plan, name: str, block: Any, tower: Any) -> None:
         plan.leave(f"{name}.attn", why)
         plan.replace(name, block, "add_norm", forward=text_block_forward)
         return
-    plan.replace(name, block, "add_norm", forward=text_block_forward, attention=text_block_attention)
+    if not plan.replace(name, block, "add_norm", forward=text_block_forward, attention=text_block_attention):
+        plan.leave(f"{name}.attn", "its block is left")
+        return
     plan.note(f"{name}.attn", f"attention_qkvpacked{'' if mask is None else ', causal'}")
     # In a tuple: a module by itself would become a child of its child.
     plan.add(name, block, "evakernels_tower", () if mask is None else (tower,))
@@ -421,7 +429,7 @@ def text_block_forward(self, x, attn_mask=None):
 def text_block_attention(self, x, attn_mask=None):
     attn = self.attn
     causal = attn_mask is not None and any(_same(attn_mask, tower.attn_mask) for tower in self.evakernels_tower)
-    if (attn_mask is not None and not causal) or not bare(attn):
+    if (attn_mask is not None and not causal) or attn.dropout > 0 or not bare(attn):
         return original(self).attention(self, x, attn_mask)
     y = _attend(x, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, causal, None)
     return F.linear(y, attn.out_proj.weight, attn.out_proj.bias)
@@ -452,6 +460,8 @@ def _decide_text_attention(plan: Plan, name: str, attn: Any) -> None:
 
 
 def text_attention_forward(self, x, attn_mask=None):
+    if self.xattn_drop > 0:
+        return original(self).forward(self, x, attn_mask)
     causal = attn_mask is not None  # any mask, as the original: with xattn it stands for the triangular one
     y = _attend(x, self.in_proj_weight, self.in_proj_bias, self.num_heads, causal, self.scale)
     return self.out_drop(self.out_proj(y))

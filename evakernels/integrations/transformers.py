@@ -112,17 +112,27 @@ def eva_post_norm_layer_forward(self, hidden_states, attention_mask, causal_atte
 
 def _decide_attention(plan: Plan, name: str, attn: Any) -> None:
     remote = type(attn).__name__.startswith("EvaCLIP")
-    if not remote and attn.config._attn_implementation == "eager":
+    given = None if remote else attn.config._attn_implementation
+    if given == "eager":
         plan.leave(name, 'it is to give its weights: config._attn_implementation is "eager"; load it with "sdpa"')
+    elif not remote and not _a_kernel(attn):
+        served = '"sdpa", "flex_attention" and those of flash attention'
+        plan.leave(name, f'config._attn_implementation is "{given}"; served are {served}')
     elif why := forwards.head_dim_reason(attn.head_dim):
         plan.leave(name, why)
     else:
         plan.replace(name, attn, "attention", forward=eva_attention_forward if remote else attention_forward)
 
 
+def _a_kernel(attn: Any) -> bool:
+    """Whether attention is to be one of transformers' kernels: not eager, nor a function that a user has registered."""
+    given = attn.config._attn_implementation or "eager"
+    return given in ("sdpa", "flex_attention") or "flash" in given
+
+
 def attention_forward(self, hidden_states, attention_mask=None, **kwargs):
-    drops, eager = self.training and self.dropout > 0, self.config._attn_implementation == "eager"
-    if attention_mask is not None or drops or eager:
+    drops = self.training and self.dropout > 0
+    if attention_mask is not None or drops or not _a_kernel(self):
         return original(self).forward(self, hidden_states, attention_mask, **kwargs)
     return _attend(self, hidden_states, bool(kwargs.get("is_causal", self.is_causal))), None
 

@@ -130,7 +130,7 @@ class VisionAttention(nn.Module):
         self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) if qkv_bias else None for _ in range(2))
         self.relative_position_bias_table = self.relative_position_index = None
         if window_size:
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(4, num_heads))
+            self.relative_position_bias_table = nn.Parameter(torch.randn(4, num_heads))
         self.attn_drop, self.xattn_drop = nn.Dropout(0.0), 0.0
         self.inner_attn_ln = norm_layer(dim) if subln else nn.Identity()
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(0.0)
@@ -216,8 +216,8 @@ class EVAVisionTransformer(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim)
         patches, side = self.patch_embed.num_patches, img_size // patch_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, embed_dim))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, patches + 1, embed_dim))
         self.pos_drop = nn.Dropout(0.0)
         self.rel_pos_bias = RelativePositionBias(patches + 1, num_heads) if use_shared_rel_pos_bias else None
         half = embed_dim // num_heads // 2
@@ -324,10 +324,10 @@ class TextTransformer(nn.Module):
     def __init__(self, context_length=7, vocab_size=20, width=64, heads=2, layers=2, output_dim=16, **block):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.zeros(context_length, width))
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.transformer = Transformer(width, layers, heads, **block)
         self.ln_final = block.get("norm_layer", LayerNorm)(width)
-        self.text_projection = nn.Parameter(torch.zeros(width, output_dim))
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
         mask = torch.full((context_length, context_length), float("-inf")).triu(1)
         self.register_buffer("attn_mask", mask, persistent=False)
 

@@ -197,6 +197,21 @@ def test_clips_text_is_causal_and_siglips_is_not():
         assert torch.equal(before, after) == causal
 
 
+def test_an_attention_function_of_the_users_own_is_called():
+    def mine(module, query, key, value, *_, **options):
+        return 2 * value.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("mine", mine)
+    untouched = make("CLIP").vision_model.eval()
+    replaced, _ = twin(untouched)
+    for model in (untouched, replaced):
+        model.set_attn_implementation("mine")
+    images, _ = inputs()
+    torch.testing.assert_close(replaced(images).pooler_output, untouched(images).pooler_output)
+    why = 'config._attn_implementation is "mine"; served are "sdpa", "flex_attention" and those of flash attention'
+    assert twin(untouched)[1].left["encoder.layers.0.self_attn"] == why
+
+
 def test_attention_weights_are_given_where_asked_for():
     untouched = make("remote-8B").eval()
     replaced = twin(untouched)[0]

@@ -48,18 +48,19 @@ def together(gradients, oracle):
     return torch.cat([(gradients[name] / units[name]).flatten() for name in oracle])
 
 
-def assert_same(untouched, replaced, call, *inputs, autocast=False):
+def assert_same(untouched, replaced, call, *inputs, autocast=False, gradients=numerics.GRADIENTS):
     """Outputs and gradients of the replaced twin are as near to float64 as the untouched one's, in the same dtypes."""
     actual = results(replaced, call, *inputs, autocast=autocast)
     peer = results(untouched, call, *inputs, autocast=autocast)
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
     oracle = results(copy.deepcopy(untouched).double(), call, *exact)
+    assert all(y.any() for y in (*oracle[0], *oracle[1].values())), "zeros are the same whatever computes them"
     assert [y.dtype for y in actual[0]] == [y.dtype for y in peer[0]]
     assert {n: g.dtype for n, g in actual[1].items()} == {n: g.dtype for n, g in peer[1].items()}
     for place, triple in enumerate(zip(actual[0], peer[0], oracle[0], strict=True)):
         numerics.assert_as_exact_as(*triple, numerics.OUTPUTS, f"output {place}")
     rows = (together(of[1], oracle[1]) for of in (actual, peer, oracle))
-    numerics.assert_as_exact_as(*rows, numerics.GRADIENTS, "gradients")
+    numerics.assert_as_exact_as(*rows, gradients, "gradients")
 
 
 def assert_looks_the_same(untouched, replaced):
