@@ -192,6 +192,8 @@ def _feeding_products(block: Any) -> list[nn.Module]:
 
 
 def _tower_reason(tower: Any, why: dict[int, str | None]) -> str | None:
+    if patched := taken(tower, "forward_features"):
+        return patched
     dropout = tower.patch_dropout
     if type(dropout) is nn.Identity:
         return None

@@ -371,6 +371,21 @@ def test_a_tower_that_drops_patches_stays_whole_where_somebody_has_set_a_forward
     both(model, *inputs())
 
 
+def test_where_somebody_has_set_forward_features_the_rotation_stays_the_towers():
+    """It may exchange `rope.forward`, as the original does, and whoever rotates must go on calling it."""
+    untouched = clip("EVA02", patch_dropout=0.5)
+    replaced = copy.deepcopy(untouched)
+    replaced.visual.forward_features = partial(type(replaced.visual).forward_features, replaced.visual)
+    report = eva.replace(replaced)
+    assert report.left["visual"] == "somebody else has replaced its forward_features, on the instance"
+    assert "visual.blocks.0.attn" in report.left and "visual.patch_dropout" not in report.replaced
+    found = []
+    for model in (untouched, replaced):
+        torch.manual_seed(0)
+        found.append(model.visual(inputs()[0]))
+    torch.testing.assert_close(*found)
+
+
 def test_a_text_block_whose_forward_somebody_has_set_is_left_with_its_attention():
     model = clip("EVA02")
     block = model.text.transformer.resblocks[0]
