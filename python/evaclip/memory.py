@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from evaclip.models.clip import CLIP
 from evaclip.models.config import ClipConfig, TextConfig, VisionConfig
 
-Precision = Literal["fp32", "amp_bf16", "bf16"]
+Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
 
 ALIGNMENT = 8  # elements to which SwiGLU's width is padded for its matrix products
 STATISTIC = 4  # bytes of a norm's mean or 1/std, and of attention's log-sum-exp
@@ -27,6 +27,7 @@ class Widths(NamedTuple):
 
 
 WIDTHS = {"fp32": Widths(4, 4, 4, 0), "amp_bf16": Widths(4, 4, 2, 0), "bf16": Widths(2, 2, 2, 4)}
+WIDTHS |= {key.replace("bf16", "fp16"): widths for key, widths in WIDTHS.items()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Step:
     precision: Precision = "fp32"
     patch_drop: float = 0.0
     frames: int = 1
-    gathered: bool = False  # weights come in bfloat16 from a sharded store: autocast has nothing to cast
+    gathered: bool = False  # weights come in half precision from a sharded store: autocast has nothing to cast
 
     @property
     def widths(self) -> Widths:
@@ -46,8 +47,8 @@ class Step:
 
     @property
     def casts(self) -> bool:
-        """Whether autocast keeps bfloat16 copies of the weights for the backward pass."""
-        return self.precision == "amp_bf16" and not self.gathered
+        """Whether autocast keeps narrow copies of the weights for the backward pass."""
+        return self.precision.startswith("amp_") and not self.gathered
 
     @property
     def images(self) -> int:
@@ -79,7 +80,7 @@ def vision_block(config: VisionConfig, step: Step) -> int:
 
 
 def assembled(config: VisionConfig, step: Step) -> int:
-    """Weights that a block of the vision tower puts together for its matrix products, or casts to bfloat16."""
+    """Weights that a block of the vision tower puts together for its matrix products, or that autocast casts."""
     width, hidden, a = config.width, config.mlp_width, step.widths.activation
     cast = step.casts
     total = a * width * width * cast  # the projection

@@ -113,6 +113,23 @@ def disk_full(folder: str, changes: dict) -> tuple[str, int]:
     return "", -1
 
 
+def overflow(folder: str, changes: dict) -> tuple[dict, bool, bool]:
+    """The scale after an overflow of the last process's own gradients and a good step; whether these moved weights."""
+    it = trainer(folder, changes)
+    before, hooks = weights(it), []
+    if it.ranks.rank == it.ranks.world - 1:
+        hooks = [it.model.logit_scale.register_hook(lambda gradient: gradient / 0)]
+    it.train_step()
+    after = weights(it)
+    for hook in hooks:
+        hook.remove()
+    it.train_step()
+    unchanged, learned = (
+        all(torch.equal(a[name], b[name]) for name in a) for a, b in ((before, after), (after, weights(it)))
+    )
+    return dataclasses.asdict(it.scale), unchanged, not learned
+
+
 def kept(folder: str, changes: dict) -> torch.Tensor:
     """The patch ids of this process's share of the second batch."""
     it = trainer(folder, changes)

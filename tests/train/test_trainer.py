@@ -51,11 +51,11 @@ def test_micro_batches_replay_stochastic_depth(tmp_path):
     assert not torch.equal(seen[0], seen[1])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
 def test_every_precision_learns(precision, optimizer, tmp_path):
     recipe = tiny(compute__precision=precision, optimizer__name=optimizer, schedule__steps=30)
-    if (optimizer, precision) == ("adamw", "bf16"):
+    if optimizer == "adamw" and precision in ("bf16", "fp16"):
         with pytest.raises(RecipeError, match="float32 masters"):
             Trainer(recipe, tmp_path)
         return
@@ -64,6 +64,7 @@ def test_every_precision_learns(precision, optimizer, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert trainer.model.logit_scale.dtype == torch.float32
+    assert ("loss_scale" in rows[-1]) == ("fp16" in precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

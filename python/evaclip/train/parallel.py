@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,7 +29,7 @@ def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) ->
         devices = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (ranks.world,))
-    dtype = torch.bfloat16 if compute.precision == "amp_bf16" else None
+    dtype = compute.half if compute.autocasts else None
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
@@ -49,16 +49,25 @@ def averaged(model: CLIP, compute: Compute, ranks: Ranks) -> None:
         model.logit_scale.grad /= ranks.world
 
 
-def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
-    """The norm of all gradients, of all shards; where it exceeds `limit` they are scaled to it."""
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    plain = [p for p in parameters if not isinstance(p, DTensor)]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in (sharded, plain)]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.linalg.vector_norm(torch.stack(whole)) if sharded else whole[1]
-    for some in (sharded, plain):
-        torch.nn.utils.clip_grads_with_norm_(some, limit, norm)
-    return norm
+def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of all gradients, of all shards; float32 whatever their dtype is, on every process the same."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+    total = _square([grad for grad in grads if not isinstance(grad, DTensor)], grads[0].device)
+    if sharded:  # all of them alike, by `spread`
+        square = _square([grad.to_local() for grad in sharded], grads[0].device)
+        for dim, placement in enumerate(sharded[0].placements):
+            if placement.is_shard():
+                dist.all_reduce(square, group=sharded[0].device_mesh.get_group(dim))
+        total = total + square
+    return total.sqrt()
+
+
+def _square(tensors: list[Tensor], device: torch.device) -> Tensor:
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
 
 
 @contextlib.contextmanager

@@ -141,8 +141,12 @@ class Loss:
 class Compute:
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"."""
-    precision: Literal["fp32", "amp_bf16", "bf16"] = "fp32"
-    """float32; bfloat16 autocast over float32 weights; or bfloat16 weights with float32 masters in the optimizer."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"] = "fp32"
+    """float32; bfloat16 or float16 autocast over float32 weights; or such weights, with masters in the optimizer."""
+    loss_scale: float = 65536.0
+    """float16: what the loss is multiplied with at first; halved where gradients overflow, their step is skipped."""
+    loss_scale_window: int = 1000
+    """float16: good steps in a row after which the scale is doubled."""
     micro_batches: int = 1
     """Compute the batch in this many parts, exactly: features first, then gradients (arXiv 2101.06983)."""
     activation_checkpointing: bool = False
@@ -153,6 +157,16 @@ class Compute:
     """Of several processes: the whole model in each; sharded (ZeRO-3); sharded, but whole until backward (ZeRO-2)."""
     timeout: float = 10.0
     """Minutes that a process waits for the others before the run ends with an error."""
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of matrix products, None where it is float32."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision.removeprefix("amp_"))
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether weights are float32 all the same."""
+        return self.precision.startswith("amp_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +303,8 @@ class Recipe:
             ),
             (0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", self.loss.label_smoothing, "in [0, 1)"),
             (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
+            (compute.loss_scale >= 1, "compute.loss_scale", compute.loss_scale, "at least 1"),
+            (compute.loss_scale_window >= 1, "compute.loss_scale_window", compute.loss_scale_window, "at least 1"),
             (compute.timeout > 0, "compute.timeout", compute.timeout, "above 0"),
             (0 <= run.seed < 2**63, "run.seed", run.seed, "0 to 2^63 - 1"),
             (fixed is None or fixed > 0, "loss.fixed_logit_scale", fixed, "above 0"),
@@ -359,8 +375,8 @@ def load_recipe(name: str) -> Recipe:
 
 def build_model(recipe: Recipe, device: str | torch.device) -> CLIP:
     """A recipe's model on a device, in the dtype it is trained in, with initial values."""
-    model = recipe.model
-    dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else None
+    model, compute = recipe.model, recipe.compute
+    dtype = None if compute.autocasts else compute.half
     return create_model(model.name, device=device, dtype=dtype, vision=model.vision, text=model.text)
 
 
