@@ -110,10 +110,17 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
     assert checkpoint.load_trainer(checkpoint.latest(run))["step"] == before + 2
 
 
-@pytest.mark.parametrize(("parallel", "changes"), [("fsdp", {"compute__micro_batches": 2}), ("fsdp2", {})])
-def test_sharded_processes_have_the_gradients_of_the_whole_batch(parallel, changes, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "parallel", "changes"),
+    [
+        (2, "fsdp", {"compute__micro_batches": 2}),
+        (2, "fsdp2", {}),
+        (4, "fsdp", {"compute__micro_batches": 2, "compute__shard": 2}),
+    ],
+)
+def test_sharded_processes_have_the_gradients_of_the_whole_batch(world, parallel, changes, tmp_path):
     whole = ranked.gradients(str(tmp_path), {})
-    for shared in distributed.run(ranked.gradients, 2, str(tmp_path), changes | {"compute__parallel": parallel}):
+    for shared in distributed.run(ranked.gradients, world, str(tmp_path), changes | {"compute__parallel": parallel}):
         for name, expected in whole.items():
             error = (shared[name] - expected).norm() / expected.norm().clamp(min=1e-30)
             assert error < 1e-5, f"{name}: {error:.1e}"
@@ -137,3 +144,27 @@ def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
     model, _, _ = evaclip.load(tmp_path / "whole")  # sharded weights, in one process
     for name, value in model.state_dict().items():
         assert torch.equal(value, whole[0][2][name]), name
+
+
+def test_copies_of_a_sharded_model_are_trained_like_whole_ones_and_continue_in_any_shape(tmp_path):
+    """Two copies, of two shards each: the steps of DDP to rounding; then again so, and in three shards of one copy."""
+    plain = {"optimizer__clip_grad_norm": 0.1, "optimizer__trust": ("shard", 3), "run__save_every": 3}
+    sharded = plain | {"compute__parallel": "fsdp", "compute__shard": 2}
+    expected = distributed.run(ranked.run, 4, str(tmp_path / "ddp"), plain)[0][2]
+    whole = distributed.run(ranked.run, 4, str(tmp_path / "whole"), sharded)
+    for outcome, step, actual in whole:
+        assert (outcome, step) == ("finished", 6)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+    distributed.run(ranked.signalled, 4, str(tmp_path / "broken"), sharded, 2)
+    shutil.copytree(tmp_path / "broken", tmp_path / "in three")
+    same = distributed.run(ranked.run, 4, str(tmp_path / "broken"), sharded, True)
+    other = distributed.run(ranked.run, 3, str(tmp_path / "in three"), sharded | {"compute__shard": 0}, True)
+    for name, value in whole[0][2].items():
+        assert torch.equal(same[0][2][name], value), name
+        torch.testing.assert_close(other[0][2][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_shards_that_do_not_divide_the_processes_are_refused(tmp_path):
+    with pytest.raises(AssertionError, match="compute.shard is 2, but 3 processes cannot be divided"):
+        distributed.run(ranked.run, 3, str(tmp_path), {"compute__parallel": "fsdp", "compute__shard": 2})

@@ -21,14 +21,18 @@ def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) ->
 
     "ddp" keeps the whole model in every process. "fsdp" shards parameters, gradients and optimizer state, block by
     block (ZeRO-3); "fsdp2" keeps a block's parameters from the forward to the backward pass (ZeRO-2 with sharded
-    parameters): less communication, more memory.
+    parameters): less communication, more memory. With `compute.shard` below the number of processes each so many of
+    them share one copy (HSDP): parameters are gathered within these, gradients averaged over the copies as well.
     """
     if ranks.group is None:
         return model
     if compute.parallel == "ddp":
         devices = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(device.type, (ranks.world,))
+    shard = compute.shard or ranks.world
+    copies = ranks.world // shard
+    shape, names = ((copies, shard), ("copies", "shards")) if copies > 1 else ((shard,), ("shards",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = compute.half if compute.autocasts else None
     options: dict[str, Any] = {
         "mesh": mesh,

@@ -155,6 +155,8 @@ class Compute:
     """CPU threads; 0 leaves the choice to PyTorch."""
     parallel: Literal["ddp", "fsdp", "fsdp2"] = "ddp"
     """Of several processes: the whole model in each; sharded (ZeRO-3); sharded, but whole until backward (ZeRO-2)."""
+    shard: int = 0
+    """fsdp, fsdp2: processes, next to each other, that share one copy of the model (those of a server); 0: all."""
     timeout: float = 10.0
     """Minutes that a process waits for the others before the run ends with an error."""
 
@@ -305,6 +307,12 @@ class Recipe:
             (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
             (compute.loss_scale >= 1, "compute.loss_scale", compute.loss_scale, "at least 1"),
             (compute.loss_scale_window >= 1, "compute.loss_scale_window", compute.loss_scale_window, "at least 1"),
+            (
+                compute.shard == 0 or (compute.shard >= 1 and compute.parallel != "ddp"),
+                "compute.shard",
+                compute.shard,
+                "0, or with compute.parallel 'fsdp' or 'fsdp2' a divisor of the number of processes",
+            ),
             (compute.timeout > 0, "compute.timeout", compute.timeout, "above 0"),
             (0 <= run.seed < 2**63, "run.seed", run.seed, "0 to 2^63 - 1"),
             (fixed is None or fixed > 0, "loss.fixed_logit_scale", fixed, "above 0"),

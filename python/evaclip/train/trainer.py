@@ -263,3 +263,6 @@ def _check_shares(recipe: Recipe, ranks: Ranks) -> None:
             f"data.batch_size is {recipe.data.batch_size}, but {ranks.world} processes with compute.micro_batches "
             f"{recipe.compute.micro_batches} need {needed} samples at least"
         )
+    shard = recipe.compute.shard
+    if shard and ranks.world % shard:
+        raise RecipeError(f"compute.shard is {shard}, but {ranks.world} processes cannot be divided into so many each")
