@@ -69,9 +69,10 @@ def test_data_that_one_process_cannot_read_stops_all(tmp_path):
     assert checkpoint.load_trainer(checkpoint.latest(tmp_path))["step"] == 3
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_full_disk_leaves_the_checkpoint_before(world, tmp_path):
-    for words, step in distributed.run(ranked.disk_full, world, str(tmp_path), {"run__save_every": 2}):
+@pytest.mark.parametrize(("world", "in_background"), [(1, False), (2, False), (1, True), (2, True)])
+def test_a_full_disk_leaves_the_checkpoint_before(world, in_background, tmp_path):
+    changes = {"run__save_every": 2, "run__async_checkpoints": in_background}
+    for words, step in distributed.run(ranked.disk_full, world, str(tmp_path), changes):
         assert "step-00000004 could not be written: [Errno 28]" in words and "checkpoints before it are whole" in words
         assert step == 2
 
@@ -127,7 +128,7 @@ def test_sharded_processes_have_the_gradients_of_the_whole_batch(world, parallel
 
 
 def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
-    changes = {"compute__parallel": "fsdp", "run__save_every": 3}
+    changes = {"compute__parallel": "fsdp", "run__save_every": 3, "run__async_checkpoints": True}
     whole = distributed.run(ranked.run, 2, str(tmp_path / "whole"), changes)
     distributed.run(ranked.signalled, 2, str(tmp_path / "broken"), changes, 1)
     for world in (2, 3):

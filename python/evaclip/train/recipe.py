@@ -183,6 +183,8 @@ class Run:
     """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
     keep: int = 2
     """Checkpoints kept."""
+    async_checkpoints: bool = False
+    """Train on while a checkpoint is written, from a copy in the CPU's memory; the next one waits for it."""
     max_skipped: int = 20
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     tensorboard: bool = True

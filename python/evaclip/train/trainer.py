@@ -24,6 +24,7 @@ from evaclip.train.ranks import Ranks, join, lost
 from evaclip.train.recipe import Recipe, RecipeError, Stage, build_model, load_recipe, save_recipe, start
 from evaclip.train.source import open_stages
 from evaclip.train.step import forward_backward, random_state, set_random_state
+from evaclip.train.writer import Writer
 
 CLIP_EPS = 1e-6  # added to the norm that is held against its limit, as PyTorch and DeepSpeed do
 
@@ -56,6 +57,7 @@ class Trainer:
         self.source = open_stages(recipe, self.model.config, self.ranks.rank, self.ranks.world)
         self.forward = spread(self.model, recipe.compute, self.ranks, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.writer = Writer(recipe, self.ranks)
         self.scale = LossScale()
         if recipe.compute.half == torch.float16:
             self.scale = LossScale(recipe.compute.loss_scale, recipe.compute.loss_scale_window)
@@ -99,9 +101,11 @@ class Trainer:
                     saved = self.step
             if saved != self.step:
                 self.save()
+            self.writer.wait()
         except RuntimeError as error:
             raise lost(self.ranks, error, checkpoint.checkpoints(self.folder)) or error from None
         finally:
+            self.writer.close()
             if log:
                 log.close()
             for s, handler in before.items():
@@ -180,8 +184,15 @@ class Trainer:
         return batch
 
     def _stopping(self) -> bool:
-        """Whether any process is to stop: a signal may have reached one of them alone."""
-        if self.ranks.worst(int(self.stop is not None), self.device):
+        """Whether any process is to stop: a signal may have reached one of them alone.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written in the background.
+        """
+        worst = self.ranks.worst(2 if self.writer.failed else int(self.stop is not None), self.device)
+        if worst == 2:
+            self.writer.wait()
+        elif worst:
             self.stop = self.ranks.told(self.stop)
         return self.stop is not None
 
@@ -222,7 +233,7 @@ class Trainer:
         self.stop = signal.Signals(number).name
 
     def save(self) -> None:
-        """Write a checkpoint of everything the next step depends on."""
+        """Write a checkpoint of everything the next step depends on, now or in the background."""
         trainer = {
             "step": self.step,
             "skipped": self.skipped,
@@ -232,7 +243,7 @@ class Trainer:
         }
         self.saving = True
         try:
-            checkpoint.save(self.folder, self.recipe, self.model, self.optimizer, trainer, self.ranks)
+            self.writer.save(self.folder, checkpoint.state_of(self.model, self.optimizer, trainer, self.ranks))
         finally:
             self.saving = False
 
