@@ -15,6 +15,7 @@ from train import ranked
 
 import evaclip
 from evaclip.train import checkpoint
+from evaclip.train.log import read_metrics
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
         *("--model.vision", "layers", "1", "--model.text", "layers", "1", "--data.batch-size", "16"),
         *("--run.log-every", "1", "--run.tensorboard", "False", "--compute.threads", "1", "--run.save-every", "1"),
     )
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
     def start(*arguments):
         command = *torchrun, "-m", "evaclip.cli", "train", *arguments
@@ -98,7 +99,7 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
             break
         time.sleep(0.1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[2]), signal.SIGKILL)
+    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output  # torchrun names the dead
@@ -109,6 +110,43 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
     assert process.returncode == 0, output
     assert f"continues at step {before}" in output
     assert checkpoint.load_trainer(checkpoint.latest(run))["step"] == before + 2
+
+
+def test_a_job_that_torchrun_restarts_goes_on_by_itself(tmp_path):
+    """The second process dies once, in the fourth step; beside the run lies that of another job."""
+    script = tmp_path / "dying.py"
+    script.write_text(
+        """
+import os, signal, sys
+from evaclip.cli import main
+from evaclip.train.trainer import Trainer
+
+step = Trainer.train_step
+
+def dying(self):
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], self.ranks.rank, self.step) == ("0", 1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+
+Trainer.train_step = dying
+sys.exit(main(sys.argv[1:]))
+"""
+    )
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    (tmp_path / "runs/digits/job").write_text("another")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)),
+        *("train", "digits", "--model.vision", "layers", "1", "--model.text", "layers", "1", "--data.batch-size", "16"),
+        *("--schedule.steps", "5", "--run.log-every", "1", "--run.tensorboard", "False", "--run.save-every", "2"),
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "runs/digits-2 starts" in done.stdout and "runs/digits-2 continues at step 2" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2"]
+    assert [row["step"] for row in read_metrics(tmp_path / "runs/digits-2/metrics.jsonl")] == list(range(5))
+    assert checkpoint.load_trainer(checkpoint.latest(tmp_path / "runs/digits-2"))["step"] == 5
 
 
 @pytest.mark.parametrize(
