@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from evaclip.models.blocks import Checkpointing
 from evaclip.models.clip import CLIP
 from evaclip.models.config import ClipConfig, TextConfig, VisionConfig
 
@@ -101,16 +102,28 @@ def text_block(config: TextConfig, step: Step) -> int:
     return step.batch * config.context * per_token + weights
 
 
-def activations(config: ClipConfig, step: Step, *, checkpointing: bool) -> int:
-    """What the forward pass keeps; with checkpointing, the inputs of all blocks and all that one of them saves."""
+def left(config: VisionConfig | TextConfig, step: Step, tokens: int, checkpointing: Checkpointing) -> int:
+    """What checkpointing keeps of one block: its input; with "selective" the results of products and attention, too."""
+    width, a = config.width, step.widths.activation
+    kept = tokens * step.widths.stream * width
+    if checkpointing == "selective":
+        swiglu = isinstance(config, VisionConfig) and config.mlp == "swiglu"
+        hidden = 2 * _padded(config.mlp_width) if swiglu else config.mlp_width
+        # q, k, v, attention, its projection; the hidden layer, the branch
+        kept += tokens * (a * (6 * width + hidden) + STATISTIC * config.heads)
+    return kept
+
+
+def activations(config: ClipConfig, step: Step, *, checkpointing: Checkpointing) -> int:
+    """What the forward pass keeps; with checkpointing, what is left of all blocks and all that one of them saves."""
     vision, text, a, stream = config.vision, config.text, step.widths.activation, step.widths.stream
     tokens = step.images * step.tokens(vision), step.batch * text.context
-    if checkpointing:
-        inputs = vision.layers * tokens[0] * vision.width + text.layers * tokens[1] * text.width
-        kept = stream * inputs + recomputed(config, step)
-    else:
+    if checkpointing == "none":
         kept = vision.layers * vision_block(vision, step) + text.layers * text_block(text, step)
-    if checkpointing or vision.post_norm:  # the class token's norm reads, and keeps, the last block's output
+    else:
+        kept = recomputed(config, step, checkpointing)
+        kept += sum(t.layers * left(t, step, n, checkpointing) for t, n in zip((vision, text), tokens, strict=True))
+    if checkpointing != "none" or vision.post_norm:  # the class token's norm reads, and keeps, the last block's output
         kept += stream * tokens[0] * vision.width
     patch = vision.channels * vision.patch**2
     patches = a * (tokens[0] - step.images) * patch
@@ -122,12 +135,12 @@ def activations(config: ClipConfig, step: Step, *, checkpointing: bool) -> int:
     return kept + patches + ids + ends + features
 
 
-def recomputed(config: ClipConfig, step: Step) -> int:
-    """What one block saves when it is computed again, beyond its input, which is there already."""
+def recomputed(config: ClipConfig, step: Step, checkpointing: Checkpointing = "block") -> int:
+    """What one block saves when it is computed again, beyond what is there already."""
     vision, text = config.vision, config.text
     return max(
-        vision_block(vision, step) - step.widths.stream * step.images * step.tokens(vision) * vision.width,
-        text_block(text, step) - step.widths.stream * step.batch * text.context * text.width,
+        vision_block(vision, step) - left(vision, step, step.images * step.tokens(vision), checkpointing),
+        text_block(text, step) - left(text, step, step.batch * text.context, checkpointing),
     )
 
 

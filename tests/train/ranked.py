@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from evaclip.data import DataError
-from evaclip.train import checkpoint
+from evaclip.train import checkpoint, parallel
 from evaclip.train.parallel import averaged
 from evaclip.train.recipe import Recipe, load_recipe
 from evaclip.train.step import forward_backward
@@ -55,6 +55,12 @@ def gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
     metrics = forward_backward(it.forward, images, ids, it._kept(len(images)), it.recipe, it.ranks)
     averaged(it.model, it.recipe.compute, it.ranks)
     return {n: whole(p.grad) for n, p in it.model.named_parameters()} | metrics
+
+
+def compiled_gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
+    """The same of compiled blocks."""
+    parallel.BACKEND = "aot_eager"
+    return gradients(folder, changes | {"compute__compile": True})
 
 
 def run(folder: str, changes: dict, resume: bool = False) -> tuple[str, int, dict]:

@@ -15,6 +15,8 @@ from evaclip.models.clip import CLIP
 from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Compute
 
+BACKEND = "inductor"  # of torch.compile
+
 
 def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) -> nn.Module:
     """The module to call for features whose gradients are averaged over all processes.
@@ -24,6 +26,8 @@ def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) ->
     parameters): less communication, more memory. With `compute.shard` below the number of processes each so many of
     them share one copy (HSDP): parameters are gathered within these, gradients averaged over the copies as well.
     """
+    if compute.compile:
+        compile_blocks(model)
     if ranks.group is None:
         return model
     if compute.parallel == "ddp":
@@ -40,10 +44,27 @@ def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) ->
         "reshard_after_forward": compute.parallel == "fsdp",
         "ignored_params": {model.logit_scale},  # a scalar cannot be sharded: `averaged` sees to its gradient
     }
-    for block in (*model.visual.blocks, *model.text.transformer.resblocks):
+    for block in blocks_of(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
     return model
+
+
+def blocks_of(model: CLIP) -> list[nn.Module]:
+    """The blocks of both towers."""
+    return [*model.visual.blocks, *model.text.transformer.resblocks]
+
+
+def compile_blocks(model: CLIP) -> None:
+    """Compile the forward pass of each block; what hooks do around it (checkpointing, gathering shards) stays outside.
+
+    Blocks of one shape share their code, but for stochastic depth, whose rate differs from block to block; with and
+    without dropped patches, with and without gradients are versions, too.
+    """
+    blocks, config = blocks_of(model), torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=BACKEND, fullgraph=True, dynamic=False)
 
 
 def averaged(model: CLIP, compute: Compute, ranks: Ranks) -> None:

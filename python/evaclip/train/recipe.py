@@ -149,8 +149,11 @@ class Compute:
     """float16: good steps in a row after which the scale is doubled."""
     micro_batches: int = 1
     """Compute the batch in this many parts, exactly: features first, then gradients (arXiv 2101.06983)."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "block", "selective"] | bool = "none"
+    """Recompute in the backward pass, instead of keeping it: each block ("block", true), or of it what is not the result
+    of a matrix product or of attention ("selective")."""
+    compile: bool = False
+    """Compile each block with torch.compile, for shapes that do not change; the first steps take minutes."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
     parallel: Literal["ddp", "fsdp", "fsdp2"] = "ddp"
@@ -307,6 +310,12 @@ class Recipe:
             ),
             (0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", self.loss.label_smoothing, "in [0, 1)"),
             (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
+            (
+                not (compute.compile and compute.activation_checkpointing == "selective"),
+                "compute.activation_checkpointing",
+                "selective",
+                "'none' or 'block' with compute.compile, which itself recomputes what is cheap",
+            ),
             (compute.loss_scale >= 1, "compute.loss_scale", compute.loss_scale, "at least 1"),
             (compute.loss_scale_window >= 1, "compute.loss_scale_window", compute.loss_scale_window, "at least 1"),
             (
