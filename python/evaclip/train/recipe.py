@@ -192,6 +192,10 @@ class Run:
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too, project "evaclip"; its own variables (WANDB_MODE ...) hold."""
+    sample_log: bool = False
+    """Write the names of each step's samples to samples-<rank>.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ import torch
 
 import evakernels as ek
 from evaclip import flops
-from evaclip.data.common import DataError
+from evaclip.data.common import DataError, extra
 from evaclip.gpus import gpu_of
 from evaclip.train import checkpoint
-from evaclip.train.log import RunLog
+from evaclip.train.log import Rows, RunLog
 from evaclip.train.loss_scale import LossScale
 from evaclip.train.optim import build_optimizer, set_learning_rate, take_step, warmup_cosine
 from evaclip.train.parallel import averaged, grad_norm, spread
@@ -40,6 +40,8 @@ class Trainer:
         self.recipe, self.folder = recipe, folder
         self.ranks, self.device = join(recipe.compute.device, recipe.compute.timeout)
         _check_shares(recipe, self.ranks)
+        if recipe.run.wandb:
+            extra("wandb", "wandb", "run.wandb", group=None)
         if recipe.compute.threads:
             torch.set_num_threads(recipe.compute.threads)
         torch.manual_seed(recipe.run.seed)
@@ -78,10 +80,12 @@ class Trainer:
         """
         recipe, steps = self.recipe, self.schedule.steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = None
+        log = samples = None
         if self.ranks.first:
             save_recipe(recipe, self.folder / "recipe.json")
-            log = RunLog(self.folder, steps, self.step, recipe.run.tensorboard)
+            log = RunLog(self.folder, recipe, self.step)
+        if recipe.run.sample_log:
+            samples = Rows(self.folder / f"samples-{self.ranks.rank}.jsonl", self.step)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         saved = self.step
         try:
@@ -94,6 +98,8 @@ class Trainer:
                     self.stop = str(error)
                     break
                 seconds = time.perf_counter() - began
+                if samples:
+                    samples.add(self.step - 1, names=self.source.names)
                 if log:
                     self._report(log, metrics, seconds)
                 if self.step % recipe.run.save_every == 0:
@@ -106,8 +112,9 @@ class Trainer:
             raise lost(self.ranks, error, checkpoint.checkpoints(self.folder)) or error from None
         finally:
             self.writer.close()
-            if log:
-                log.close()
+            for file in (log, samples):
+                if file:
+                    file.close()
             for s, handler in before.items():
                 signal.signal(s, handler)
         return self.stop or "finished"
