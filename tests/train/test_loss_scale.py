@@ -2,15 +2,15 @@
 
 import dataclasses
 
+import distributed
 import pytest
 import torch
+from train import ranked
 from train.ranked import tiny, weights
 
-import distributed
-from evaclip.train.loss_scale import LossScale
 from evaclip.train.log import read_metrics
+from evaclip.train.loss_scale import LossScale
 from evaclip.train.trainer import Trainer
-from train import ranked
 
 OVERFLOWING = 2.0**100  # of any float16 gradient
 
@@ -101,7 +101,9 @@ def test_a_resumed_run_has_the_scale_too_and_is_bitwise_the_same(precision, tmp_
     assert resumed.scale == whole.scale
     expected, actual = weights(whole), weights(resumed)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    scales = [[row["loss_scale"] for row in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("whole", "part")]
+    scales = [
+        [row["loss_scale"] for row in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("whole", "part")
+    ]
     assert scales[0] == scales[1] and scales[0][0] == 2.0**30 and len(set(scales[0])) > 3
 
 

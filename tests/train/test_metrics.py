@@ -33,6 +33,17 @@ def test_metrics_tell_speed_waiting_and_memory(run):
         assert "mfu" not in row  # nobody has rated this CPU
 
 
+def test_metrics_tell_the_range_of_the_trust_ratios_of_the_step_before(run, tmp_path):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "trust_ratio_min" not in rows[0]
+    assert all(0.01 <= row["trust_ratio_min"] < row["trust_ratio_max"] <= 10 for row in rows[1:])  # published bounds
+    trainer = Trainer(tiny(load_recipe("EVA02-CLIP-L-14")), tmp_path)
+    trainer.train_step()
+    expected = trainer.optimizer.trust_ratios.tolist()
+    metrics = trainer.train_step()
+    assert [metrics["trust_ratio_min"], metrics["trust_ratio_max"]] == expected
+
+
 def test_mfu_is_model_flop_over_time_and_rate(tmp_path, monkeypatch):
     trainer = Trainer(tiny(load_recipe("EVA-CLIP-18B")), tmp_path)
     trainer.device = torch.device("cuda")
@@ -65,7 +76,7 @@ def test_weights_and_biases_get_the_metrics_and_a_continued_run_goes_on_there(tm
     recipe = tiny(load_recipe("EVA02-CLIP-L-14"))
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, wandb=True))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match="run.wandb needs wandb: pip install wandb"):
+    with pytest.raises(ImportError, match=r"run\.wandb needs wandb: pip install wandb"):
         Trainer(recipe, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
@@ -85,7 +96,10 @@ def test_the_samples_of_each_step_are_logged_by_name(tmp_path):
     for n in range(20):
         Image.new("L", (24, 8), n).save(tmp_path / f"{n}.png")
         (tmp_path / f"{n}.txt").write_text("one two three")
-    for source, expected in (("digits", "one|two|three|four|five|six|seven|eight|nine|zero"), (str(tmp_path), r"\.png$")):
+    for source, expected in (
+        ("digits", "one|two|three|four|five|six|seven|eight|nine|zero"),
+        (str(tmp_path), r"\.png$"),
+    ):
         data = dataclasses.replace(recipe.data, source=source, batch_size=8)
         of_source = dataclasses.replace(recipe, data=data, run=dataclasses.replace(recipe.run, sample_log=True))
         Trainer(of_source, tmp_path / "run").run()

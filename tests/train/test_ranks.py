@@ -205,5 +205,5 @@ def test_copies_of_a_sharded_model_are_trained_like_whole_ones_and_continue_in_a
 
 
 def test_shards_that_do_not_divide_the_processes_are_refused(tmp_path):
-    with pytest.raises(AssertionError, match="compute.shard is 2, but 3 processes cannot be divided"):
+    with pytest.raises(AssertionError, match=r"compute\.shard is 2, but 3 processes cannot be divided"):
         distributed.run(ranked.run, 3, str(tmp_path), {"compute__parallel": "fsdp", "compute__shard": 2})

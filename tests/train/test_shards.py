@@ -111,8 +111,8 @@ def test_mixtures_are_read_from_toml_and_checked(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_run_killed_anywhere_goes_on_with_the_same_samples(tmp_path, seed):
-    """Killed by SIGKILL with two readers; then continued with three. Weights, moments and the log of samples are those of
-    a run that was never interrupted, and had no readers at all."""
+    """Killed by SIGKILL with two readers; then continued with three. Weights, moments and the log of samples are those
+    of a run that was never interrupted, and had no readers at all."""
     source = write_shards(tmp_path / "shards", [9, 4, 12, 5], broken=[7])
     options = [
         "train",

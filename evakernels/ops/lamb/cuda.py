@@ -6,6 +6,7 @@ keeps what it was given.
 """
 
 import functools
+import math
 from array import array
 from collections.abc import Iterable
 from itertools import chain
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evakernels import native
+from evakernels.ops.lamb.reference import ends
 
 CHUNK = 4096  # elements that a block works on, or a multiple
 MOST = 2048  # chunks of a trust ratio before they grow longer: each block reads the partial sums of its ratio
@@ -28,6 +30,7 @@ class Plan(NamedTuple):
     pieces: array  # words of the LambPieces
     bounds: array  # of the batches, in chunks; first those without trust ratio
     tensors: int  # how many pieces there are
+    ratios: tuple[tuple[int, int], ...]  # of each trust ratio the group, and how many chunks it has
 
 
 def refuses(op: str, *args) -> str | None:
@@ -70,7 +73,7 @@ def lamb_step(
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     device = exp_avgs[0].device
     # A tensor with another layout than that of its moments is copied, and a parameter copied back.
     grads = [g.contiguous() for g in grads]
@@ -100,6 +103,7 @@ def lamb_step(
         return torch.empty(shape, dtype=dtype, device=device)
 
     total = new() if max_grad_norm is not None else new(0)
+    partials = new(plan.bounds[-1], 2)
     native.call(
         "lamb_step",
         device,
@@ -117,14 +121,35 @@ def lamb_step(
         total,
         new(len(words), dtype=torch.int64),
         new(len(params), RULE),
-        new(plan.bounds[-1], 2),
+        partials,
         new(),
         touches=(*weights, *targets, *grads, *exp_avgs, *exp_avg_sqs, *steps),
     )
     for p, target in zip(params, targets, strict=True):
         if target is not p:
             p.copy_(target)
-    return total
+    return total, _ends(partials[plan.bounds[0] :], plan, tuple(lows), tuple(highs), found_inf)
+
+
+def _ends(
+    partials: Tensor, plan: Plan, lows: tuple[float, ...], highs: tuple[float, ...], found_inf: Tensor | None
+) -> Tensor:
+    """The smallest and the largest trust ratio, as the kernel forms them from the squares |p|^2, |u|^2 of chunks."""
+    counts, low, high = _of_ratios(plan.ratios, lows, highs, partials.device)
+    squares = torch.segment_reduce(partials.double(), "sum", lengths=counts, unsafe=True, initial=0)
+    ratios = torch.minimum(torch.maximum((squares[:, 0] / squares[:, 1]).sqrt(), low), high)
+    return ends(ratios.where((squares > 0).all(1), math.nan), found_inf).float()
+
+
+@functools.lru_cache(maxsize=16)
+def _of_ratios(
+    ratios: tuple[tuple[int, int], ...], lows: tuple[float, ...], highs: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each trust ratio how many chunks it has, and its bounds; on the device, once."""
+    counts = torch.tensor([count for _, count in ratios], dtype=torch.int64, device=device)
+    return counts, *(
+        torch.tensor([bounds[k] for k, _ in ratios], dtype=torch.float64, device=device) for bounds in (lows, highs)
+    )
 
 
 def _on_host(lrs: Tensor) -> bool:
@@ -166,15 +191,18 @@ def _plan(numels: tuple[int, ...], sizes: tuple[int, ...], adapts: tuple[bool, .
     for ratio in chain.from_iterable(ratios for adapted, ratios in groups if not adapted):
         add(ratio)
     bounds, elements = array("i", [chunks]), 0
-    for ratio in chain.from_iterable(ratios for adapted, ratios in groups if adapted):
+    adapted_ratios = [(k, ratio) for k, (adapted, ratios) in enumerate(groups) if adapted for ratio in ratios]
+    lengths = []
+    for k, ratio in adapted_ratios:
         before, size = chunks, add(ratio)
+        lengths.append((k, chunks - before))
         if elements and elements + size > batch:
             bounds.append(before)
             elements = 0
         elements += size
     if elements:
         bounds.append(chunks)
-    return Plan(pieces, bounds, len(pieces) // 5)
+    return Plan(pieces, bounds, len(pieces) // 5, tuple(lengths))
 
 
 def _slices(tensors: list[tuple[int, int, int]], slices: int) -> list[list[tuple[int, int, int]]]:

@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Tally:
-    """What reading went through: samples tried, samples that failed and the reasons by name; the names of those read."""
+    """What reading went through: samples tried, those that failed with reasons by name, and the names of those read."""
 
     tried: int = 0
     failed: int = 0

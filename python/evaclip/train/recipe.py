@@ -150,8 +150,8 @@ class Compute:
     micro_batches: int = 1
     """Compute the batch in this many parts, exactly: features first, then gradients (arXiv 2101.06983)."""
     activation_checkpointing: Literal["none", "block", "selective"] | bool = "none"
-    """Recompute in the backward pass, instead of keeping it: each block ("block", true), or of it what is not the result
-    of a matrix product or of attention ("selective")."""
+    """Recompute in the backward pass, instead of keeping it: each block ("block", true), or what of it is not the
+    result of a matrix product or of attention ("selective")."""
     compile: bool = False
     """Compile each block with torch.compile, for shapes that do not change; the first steps take minutes."""
     threads: int = 0

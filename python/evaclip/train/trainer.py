@@ -136,8 +136,14 @@ class Trainer:
         averaged(self.model, recipe.compute, self.ranks)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         tensors["grad_norm"] = grad_norm(parameters) / scale
+        ratios = getattr(self.optimizer, "trust_ratios", None)  # of the step before: those of this one nobody has yet
+        if ratios is not None:
+            tensors["trust_ratio_min"], tensors["trust_ratio_max"] = ratios.unbind()
         values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
         metrics: dict = dict(zip(tensors, values, strict=True))
+        for key in ("trust_ratio_min", "trust_ratio_max"):
+            if math.isnan(metrics.get(key, 0.0)):  # no parameter had one
+                del metrics[key]
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
         overflow = broken == ["grad_norm"] and self.scale.can_shrink
         if overflow or not broken:
