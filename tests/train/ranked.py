@@ -39,6 +39,17 @@ def trainer(folder: str, changes: dict, resume: bool = False) -> Trainer:
     return Trainer(tiny(**changes), Path(folder), resume=resume)
 
 
+def equal(a, b) -> bool:
+    """Whether two states are the same, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: whole(value).clone() for name, value in trainer.model.state_dict().items()}
 

@@ -21,9 +21,10 @@ def quick(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("changes", [{}, {"compute__activation_checkpointing": "block", "compute__micro_batches": 2}])
-def test_compiled_blocks_take_the_same_steps(changes, tmp_path):
-    changes = changes | {"model__vision": {"layers": 3, "drop_path": 0.0}, "data__undropped_tail": 0.5}
+def test_compiled_blocks_take_the_same_steps(tmp_path):
+    """With and without dropped tokens and gradients; three blocks share the code of one."""
+    changes = {"compute__activation_checkpointing": "block", "compute__micro_batches": 2, "data__undropped_tail": 0.5}
+    changes |= {"model__vision": {"layers": 3, "drop_path": 0.0}}
     losses = []
     for enabled in (False, True):
         trainer = Trainer(tiny(**changes, schedule__steps=4, compute__compile=enabled), tmp_path)
@@ -34,12 +35,12 @@ def test_compiled_blocks_take_the_same_steps(changes, tmp_path):
     assert list(trainer.model.state_dict()) == list(Trainer(tiny(**changes), tmp_path).model.state_dict())
 
 
-def test_blocks_of_many_rates_of_stochastic_depth_are_all_compiled(tmp_path):
-    """More versions of one function than torch.compile keeps by default, after which it would stop compiling."""
-    trainer = Trainer(tiny(model__vision={"layers": 10, "drop_path": 0.2}, compute__compile=True), tmp_path)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+def test_blocks_of_different_stochastic_depth_are_all_compiled(tmp_path):
+    """They are versions of one function: torch.compile would keep so many, and run the others as they are."""
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        trainer = Trainer(tiny(model__vision={"layers": 3, "drop_path": 0.2}, compute__compile=True), tmp_path)
         trainer.train_step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 10
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 def test_compiled_and_sharded_processes_have_the_gradients_of_the_whole_batch(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from shard_files import NUMBERS, jpeg, numbers, write_shards
+from train.ranked import equal
 
 from evaclip.cli import main
 from evaclip.models import configure
@@ -161,16 +162,6 @@ SMALL = (
 
 def losses(metrics: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(metrics)]
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_a_dead_reader_ends_the_run_with_its_name_and_a_checkpoint(tmp_path):

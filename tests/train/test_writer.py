@@ -8,22 +8,24 @@ import threading
 import time
 
 import pytest
-from train.ranked import tiny
+from safetensors.torch import load_file
+from train.ranked import equal, tiny
 
 from evaclip.train import checkpoint
 from evaclip.train.recipe import load_recipe
 from evaclip.train.trainer import Trainer
 
-FILES = ("model.safetensors", "trainer.pt")
-
 
 def contents(run):
-    return {folder.name: [(folder / name).read_bytes() for name in FILES] for folder in checkpoint.checkpoints(run)}
+    return {
+        folder.name: {"trainer": checkpoint.load_trainer(folder), "weights": load_file(folder / checkpoint.WEIGHTS)}
+        for folder in checkpoint.checkpoints(run)
+    }
 
 
 def test_the_run_goes_on_and_the_checkpoint_is_of_its_step(tmp_path, monkeypatch):
-    """Each is written only when the step after the next has begun; the one after it waits. Files are those of a run
-    that waits for them."""
+    """Each is written only when the step after the next has begun; the one after it waits. They hold what those of
+    a run hold that waits for them."""
     options = {"run__save_every": 2, "run__keep": 9}
     Trainer(tiny(**options), tmp_path / "waiting").run()
     trainer = Trainer(tiny(**options, run__async_checkpoints=True), tmp_path / "going on")
@@ -45,7 +47,7 @@ def test_the_run_goes_on_and_the_checkpoint_is_of_its_step(tmp_path, monkeypatch
     assert trainer.run() == "finished"
     waiting, going_on = contents(tmp_path / "waiting"), contents(tmp_path / "going on")
     assert list(waiting) == [f"step-0000000{n}" for n in (2, 4, 6)]
-    assert waiting == going_on
+    assert equal(waiting, going_on)
 
 
 def test_an_error_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
@@ -65,7 +67,7 @@ def test_an_error_in_the_background_ends_the_run_at_the_next_step(tmp_path, monk
     trainer.train_step = when_it_has_failed
     with pytest.raises(checkpoint.CheckpointError, match="the disk is full"):
         trainer.run()
-    assert trainer.step == 3
+    assert trainer.step in (2, 3)  # it may have failed before the third step began
 
 
 def test_a_run_killed_while_one_is_written_continues_from_the_one_before(tmp_path):
