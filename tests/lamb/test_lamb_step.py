@@ -104,13 +104,13 @@ def test_there_is_no_range_without_a_ratio_or_a_step(implementation):
     p = torch.nn.Parameter(torch.ones(3))
     plain = ek.FusedLAMB([p], weight_decay=0.0)
     run([p], plain, [[torch.ones(3)]])
-    assert plain.trust_ratios.isnan().all()
+    assert plain.trust_ratios.tolist() == [0, 0]
     optimizer = ek.FusedLAMB([p], weight_decay=0.1)
     run([p], optimizer, [[torch.ones(3)]])
-    assert optimizer.trust_ratios.isfinite().all()
+    assert optimizer.trust_ratios.min() > 0
     optimizer.found_inf = torch.ones(())
     run([p], optimizer, [[torch.ones(3)]])
-    assert optimizer.trust_ratios.isnan().all()
+    assert optimizer.trust_ratios.tolist() == [0, 0]
 
 
 def test_slices_cut_through_tensors(implementation):

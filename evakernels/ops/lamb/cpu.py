@@ -90,7 +90,7 @@ def lamb_step(
         factor *= max_grad_norm / norm if norm > max_grad_norm else 1.0
         total = like.new_tensor(norm)
     if found_inf is not None and found_inf.item() != 0:
-        return total, like.new_full((2,), math.nan)
+        return total, like.new_zeros(2)
 
     torch._foreach_add_(steps, torch.ones(()))  # a number would be made a tensor once per step
     ts = torch.stack(steps).tolist()
@@ -118,7 +118,7 @@ def lamb_step(
     changed = [i for i, p in enumerate(params) if weights[i] is not p]
     if changed:
         torch._foreach_copy_([params[i] for i in changed], [weights[i] for i in changed])
-    return total, like.new_tensor([min(used), max(used)] if used else [math.nan, math.nan])
+    return total, like.new_tensor([min(used), max(used)] if used else [0.0, 0.0])
 
 
 def _norm(grads: list[Tensor]) -> float:

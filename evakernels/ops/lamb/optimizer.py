@@ -49,7 +49,7 @@ class FusedLAMB(Optimizer):
 
     Parameters without a gradient are skipped (slices are cut as if they were not there), on all ranks alike; gradients
     are left as they are. `GradScaler` is served without waiting for the device. `optimizer.trust_ratios` are the
-    smallest and the largest trust ratio of the last step, a tensor of two on the device; NaN where it was skipped or
+    smallest and the largest trust ratio of the last step, a tensor of two on the device; 0 where it was skipped or
     had none. A parameter's state is `step`, `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16;
     loading keeps their dtypes and copies them. Who changes such a parameter between steps (clamps it) must change
     `optimizer.state[p]["master"]`, from which it is rounded.

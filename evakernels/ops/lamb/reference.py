@@ -86,11 +86,11 @@ def lamb_step(
 
 
 def ends(ratios: Tensor, found_inf: Tensor | None) -> Tensor:
-    """The smallest and the largest of the ratios that are not NaN; NaN where none is left or the step is skipped."""
+    """The smallest and the largest of the ratios that are not NaN; 0 where none is left or the step is skipped."""
     none = torch.cat((ratios.isnan(), ratios.new_ones(1, dtype=torch.bool)))
     low, high = (torch.cat((ratios, ratios.new_zeros(1))).where(~none, end) for end in (math.inf, -math.inf))
     found = torch.stack((low.amin(), high.amax()))
-    return found.where(~none.all() if found_inf is None else ~none.all() & (found_inf == 0), math.nan)
+    return found.where(~none.all() if found_inf is None else ~none.all() & (found_inf == 0), 0.0)
 
 
 def _norm(x: Tensor) -> Tensor:

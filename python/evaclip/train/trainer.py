@@ -141,9 +141,6 @@ class Trainer:
             tensors["trust_ratio_min"], tensors["trust_ratio_max"] = ratios.unbind()
         values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
         metrics: dict = dict(zip(tensors, values, strict=True))
-        for key in ("trust_ratio_min", "trust_ratio_max"):
-            if math.isnan(metrics.get(key, 0.0)):  # no parameter had one
-                del metrics[key]
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
         overflow = broken == ["grad_norm"] and self.scale.can_shrink
         if overflow or not broken:
