@@ -122,7 +122,8 @@ def activations(config: ClipConfig, step: Step, *, checkpointing: Checkpointing)
         kept = vision.layers * vision_block(vision, step) + text.layers * text_block(text, step)
     else:
         kept = recomputed(config, step, checkpointing)
-        kept += sum(t.layers * left(t, step, n, checkpointing) for t, n in zip((vision, text), tokens, strict=True))
+        kept += vision.layers * left(vision, step, tokens[0], checkpointing)
+        kept += text.layers * left(text, step, tokens[1], checkpointing)
     if checkpointing != "none" or vision.post_norm:  # the class token's norm reads, and keeps, the last block's output
         kept += stream * tokens[0] * vision.width
     patch = vision.channels * vision.patch**2

@@ -130,7 +130,7 @@ def estimate(job: Job, way: Way) -> Estimate:
     forwards = 3 + (way.checkpointing == "block") + (way.micro_batches > 1)
     products = job.flops / ranks / 3 * forwards + 8 * job.batch / ranks * job.batch * config.embed_dim
     saved = memory.activations(config, step, checkpointing="none") * way.micro_batches
-    again = saved * (forwards - 3)
+    again = float(saved * (forwards - 3))
     if way.checkpointing == "selective":
         again += max(0, saved - found["activations"] * way.micro_batches)
     state = found["weights"] + found["masters"] + found["moments"] + found["gradients"]

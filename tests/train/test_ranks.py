@@ -134,6 +134,7 @@ sys.exit(main(sys.argv[1:]))
     )
     (tmp_path / "runs/digits").mkdir(parents=True)
     (tmp_path / "runs/digits/job").write_text("another")
+    os.utime(tmp_path / "runs/digits/job", (2**33, 2**33))  # a later one
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)),

@@ -21,6 +21,7 @@ from evakernels.ops.lamb.reference import ends
 CHUNK = 4096  # elements that a block works on, or a multiple
 MOST = 2048  # chunks of a trust ratio before they grow longer: each block reads the partial sums of its ratio
 RULE = 10  # numbers of a LambRule
+LOW_WORD = 0xFFFFFFFF
 CORRECTIONS = ("none", "update", "step_size")  # LambCorrection
 
 
@@ -30,7 +31,7 @@ class Plan(NamedTuple):
     pieces: array  # words of the LambPieces
     bounds: array  # of the batches, in chunks; first those without trust ratio
     tensors: int  # how many pieces there are
-    ratios: tuple[tuple[int, int], ...]  # of each trust ratio the group, and how many chunks it has
+    plain: int  # how many of them, the first ones, have no trust ratio
 
 
 def refuses(op: str, *args) -> str | None:
@@ -103,7 +104,7 @@ def lamb_step(
         return torch.empty(shape, dtype=dtype, device=device)
 
     total = new() if max_grad_norm is not None else new(0)
-    partials = new(plan.bounds[-1], 2)
+    table, partials = new(len(words), dtype=torch.int64), new(plan.bounds[-1], 2)
     native.call(
         "lamb_step",
         device,
@@ -119,7 +120,7 @@ def lamb_step(
         None if grad_scale is None else grad_scale.float(),
         None if found_inf is None else found_inf.float(),
         total,
-        new(len(words), dtype=torch.int64),
+        table,
         new(len(params), RULE),
         partials,
         new(),
@@ -128,28 +129,20 @@ def lamb_step(
     for p, target in zip(params, targets, strict=True):
         if target is not p:
             p.copy_(target)
-    return total, _ends(partials[plan.bounds[0] :], plan, tuple(lows), tuple(highs), found_inf)
+    return total, _ends(table, partials[plan.bounds[0] :], plan, len(params), len(sizes), found_inf)
 
 
-def _ends(
-    partials: Tensor, plan: Plan, lows: tuple[float, ...], highs: tuple[float, ...], found_inf: Tensor | None
-) -> Tensor:
-    """The smallest and the largest trust ratio, as the kernel forms them from the squares |p|^2, |u|^2 of chunks."""
-    counts, low, high = _of_ratios(plan.ratios, lows, highs, partials.device)
+def _ends(table: Tensor, partials: Tensor, plan: Plan, params: int, groups: int, found_inf: Tensor | None) -> Tensor:
+    """The smallest and the largest trust ratio, formed as the kernel forms them; all that is read is in its table."""
+    tensors, options, pieces = table.split((7 * params, 7 * groups, 5 * plan.tensors))
+    tensors, options, pieces = tensors.view(-1, 7), options.view(-1, 7), pieces.view(-1, 5)[plan.plain :]
+    first_chunk, begin, end = pieces[:, 0] & LOW_WORD, pieces[:, 3] >> 32, pieces[:, 4]
+    counts = torch.where(first_chunk == begin, end - begin, 0)  # each ratio at its first piece
     squares = torch.segment_reduce(partials.double(), "sum", lengths=counts, unsafe=True, initial=0)
-    ratios = torch.minimum(torch.maximum((squares[:, 0] / squares[:, 1]).sqrt(), low), high)
+    owners = tensors[pieces[:, 0] >> 32, 6] & LOW_WORD
+    lows, highs = options.view(torch.float64)[owners, 5:].unbind(1)
+    ratios = torch.minimum(torch.maximum((squares[:, 0] / squares[:, 1]).sqrt(), lows), highs)
     return ends(ratios.where((squares > 0).all(1), math.nan), found_inf).float()
-
-
-@functools.lru_cache(maxsize=16)
-def _of_ratios(
-    ratios: tuple[tuple[int, int], ...], lows: tuple[float, ...], highs: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each trust ratio how many chunks it has, and its bounds; on the device, once."""
-    counts = torch.tensor([count for _, count in ratios], dtype=torch.int64, device=device)
-    return counts, *(
-        torch.tensor([bounds[k] for k, _ in ratios], dtype=torch.float64, device=device) for bounds in (lows, highs)
-    )
 
 
 def _on_host(lrs: Tensor) -> bool:
@@ -191,18 +184,16 @@ def _plan(numels: tuple[int, ...], sizes: tuple[int, ...], adapts: tuple[bool, .
     for ratio in chain.from_iterable(ratios for adapted, ratios in groups if not adapted):
         add(ratio)
     bounds, elements = array("i", [chunks]), 0
-    adapted_ratios = [(k, ratio) for k, (adapted, ratios) in enumerate(groups) if adapted for ratio in ratios]
-    lengths = []
-    for k, ratio in adapted_ratios:
+    plain = len(pieces) // 5
+    for ratio in chain.from_iterable(ratios for adapted, ratios in groups if adapted):
         before, size = chunks, add(ratio)
-        lengths.append((k, chunks - before))
         if elements and elements + size > batch:
             bounds.append(before)
             elements = 0
         elements += size
     if elements:
         bounds.append(chunks)
-    return Plan(pieces, bounds, len(pieces) // 5, tuple(lengths))
+    return Plan(pieces, bounds, len(pieces) // 5, plain)
 
 
 def _slices(tensors: list[tuple[int, int, int]], slices: int) -> list[list[tuple[int, int, int]]]:
