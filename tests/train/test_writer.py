@@ -24,26 +24,36 @@ def contents(run):
 
 
 def test_the_run_goes_on_and_the_checkpoint_is_of_its_step(tmp_path, monkeypatch):
-    """Each is written only when the step after the next has begun; the one after it waits. They hold what those of
-    a run hold that waits for them."""
+    """Each is written only when the next one is asked for, which waits for it. They hold what those of a run hold that
+    writes them at once."""
     options = {"run__save_every": 2, "run__keep": 9}
     Trainer(tiny(**options), tmp_path / "waiting").run()
     trainer = Trainer(tiny(**options, run__async_checkpoints=True), tmp_path / "going on")
     begun = [threading.Event() for _ in range(7)]
-    save, step, writing = checkpoint.save, trainer.train_step, []
+    save, step, start = checkpoint.save, trainer.train_step, trainer.writer.save
+    asked, written = [], []
 
     def late(run, recipe, state, ranks):
-        writing.append(state["trainer"]["step"])
-        assert begun[min(state["trainer"]["step"] + 1, 5)].wait(20), "training waits for the checkpoint"
+        number = state["trainer"]["step"]
+        assert begun[min(number + 1, 5)].wait(20), "training waits for the checkpoint"
+        while number < 6 and asked[-1] == number:  # until the next one is asked for, and a moment longer
+            time.sleep(0.01)
+        time.sleep(0.2)
         save(run, recipe, state, ranks)
-        assert writing.pop() == state["trainer"]["step"] and not writing, "two are written at once"
+        written.append(number)
+
+    def asking(run, state):
+        before = list(asked)
+        asked.append(state["trainer"]["step"])
+        start(run, state)
+        assert written == before, "one is copied while the one before is not written"
 
     def beginning():
         begun[trainer.step].set()
         return step()
 
     monkeypatch.setattr(checkpoint, "save", late)
-    trainer.train_step = beginning
+    trainer.train_step, trainer.writer.save = beginning, asking
     assert trainer.run() == "finished"
     waiting, going_on = contents(tmp_path / "waiting"), contents(tmp_path / "going on")
     assert list(waiting) == [f"step-0000000{n}" for n in (2, 4, 6)]
