@@ -11,13 +11,12 @@ import benchmarks
 from benchmarks import harness, roofline
 from evakernels import native
 
+END_TO_END = "end_to_end"  # the one that is no family's
+
 
 def main() -> None:
-    families = sorted(
-        module.name.removeprefix("bench_")
-        for module in pkgutil.iter_modules(benchmarks.__path__)
-        if module.name.startswith("bench_")
-    )
+    names = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
+    families = sorted(name.removeprefix("bench_") for name in names if name.startswith("bench_") or name == END_TO_END)
     parser = argparse.ArgumentParser("python -m benchmarks", description=benchmarks.__doc__)
     parser.add_argument("--family", choices=families, action="append", help="this family alone; may be repeated")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter cases; writes no file without --out")
@@ -53,7 +52,7 @@ def main() -> None:
 
 def cases(family: str, quick: bool):
     """The rows of each case of a family."""
-    module = importlib.import_module(f"benchmarks.bench_{family}")
+    module = importlib.import_module(f"benchmarks.{family}" if family == END_TO_END else f"benchmarks.bench_{family}")
     for _, rows in groupby(module.rows(quick), key=lambda r: (r["shape"], r["dtype"], r["mode"])):
         yield list(rows)
 

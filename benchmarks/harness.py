@@ -32,7 +32,7 @@ from evakernels import dispatch, native
 
 FIELDS = (
     *("family", "shape", "dtype", "provider", "mode", "p20_us", "p50_us", "p80_us", "bytes", "flops"),
-    *("share_of_clone", "products_us", "exps_us", "peak_mb", "host_us"),
+    *("share_of_clone", "share_of_matmul", "samples_per_s", "products_us", "exps_us", "peak_mb", "host_us"),
     *("device", "driver", "torch", "commit", "absent"),
 )
 FLOORS = {  # in microseconds, where rows have them
@@ -198,6 +198,7 @@ def measure(
     quick: bool = False,
     seconds: float | None = None,
     by_host: bool = False,
+    rounds: int | None = None,
 ) -> dict[str, Timing]:
     """Time callables in turns: warm-up, then rounds in which each is sampled once.
 
@@ -207,6 +208,8 @@ def measure(
         seconds: about how long each provider is sampled; by default 2 on the CPU, 0.2 on a GPU. At least 5 samples
             are taken.
         by_host: samples are the host's time also on a GPU.
+        rounds: exactly so many samples of one call each, whatever a call takes: so that the processes of a run, which
+            wait for one another in it, call alike.
     """
     on_gpu = torch.cuda.is_available()
     seconds = seconds or (0.2 if on_gpu else 2.0) / (5 if quick else 1)
@@ -219,7 +222,7 @@ def measure(
         _wait()
         once = time.perf_counter() - start
         # Short calls are repeated within a sample: clock and events tick in microseconds. 1024 launches fit the queue.
-        repeats[name] = min(max(1, math.ceil(1e-3 / max(once, 1e-7))), 100 if on_gpu else 10**6)
+        repeats[name] = 1 if rounds else min(max(1, math.ceil(1e-3 / max(once, 1e-7))), 100 if on_gpu else 10**6)
         for _ in range(min(repeats[name], 20)):
             run()
         timings[name] = Timing([], *_memory_and_host_time(run))
@@ -230,7 +233,7 @@ def measure(
         return _host_time(providers[name], repeats[name])
 
     slowest = max(sample(name) * repeats[name] for name in providers) / 1e6
-    for _ in range(max(5, min(200, round(seconds / slowest)))):
+    for _ in range(rounds or max(5, min(200, round(seconds / slowest)))):
         for name in providers:
             timings[name].samples.append(sample(name))
     for timing in timings.values():
@@ -308,9 +311,11 @@ def compare(
     *,
     bytes: int | None = None,
     flops: int | None = None,
+    samples: int | None = None,
     quick: bool = False,
     seconds: float | None = None,
     by_host: bool = False,
+    rounds: int | None = None,
 ) -> Iterator[dict]:
     """Rows of one case, one per provider; a provider given as a string is absent, for the reason the string says.
 
@@ -321,7 +326,8 @@ def compare(
         providers: name -> callable without arguments, or the reason why this peer is absent.
         bytes: those that must move (the floor); the row then holds its share of what a copy reaches.
         flops: those that must be computed.
-        quick, seconds, by_host: as `measure` takes them.
+        samples: those that a call trains on: rows then hold how many a second.
+        quick, seconds, by_host, rounds: as `measure` takes them.
     """
     providers = dict(providers)
     for name, run in providers.items():
@@ -335,7 +341,7 @@ def compare(
     copies = 1.0
     if bytes:
         present["copy"], copies = copy_of(bytes)
-    timings = measure(present, quick=quick, seconds=seconds, by_host=by_host) if present else {}
+    timings = measure(present, quick=quick, seconds=seconds, by_host=by_host, rounds=rounds) if present else {}
     floor = timings.pop("copy").quantile(0.5) * copies if bytes else None
     case = {"family": family, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "mode": mode}
     for name, run in providers.items():
@@ -350,6 +356,8 @@ def compare(
         for field in ("peak_mb", "host_us"):
             value = getattr(timing, field)
             row[field] = "" if value is None else round(value, 2)
+        if samples:
+            row["samples_per_s"] = round(samples / timing.quantile(0.5) * 1e6, 2)
         if floor:
             row["share_of_clone"] = round(floor / timing.quantile(0.5), 4)
             row["floor_us"] = floor
@@ -404,6 +412,11 @@ def show(rows: list[dict]) -> None:
             print(f"  {row['provider']:<{width}} absent: {row['absent']}")
             continue
         share = f"{row['share_of_clone']:7.1%} of a copy" if row["share_of_clone"] != "" else ""
+        if "memory" in row["mode"]:
+            print(f"  {row['provider']:<{width}} {row['peak_mb']:>12.1f} MB")
+            continue
+        if row["samples_per_s"] != "":
+            share += f"{row['samples_per_s']:9.1f} samples/s, {row['share_of_matmul']:.1%} of a matrix product"
         print(
             f"  {row['provider']:<{width}} {row['p50_us']:>12.1f} us  ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
             f"  {row['p50_us'] / ours:6.2f} x  {share}"

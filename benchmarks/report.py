@@ -65,8 +65,9 @@ def line(cells: Iterable[str]) -> str:
 def table(rows: Rows) -> list[str]:
     """Cases down, providers across: the median, and how many times that of the case's first provider it is.
 
-    Cases that measure memory have their peak instead. The first provider also says which share of a copy it reaches,
-    and a column before it the floor, in the time of a copy, and those of `harness.FLOORS` that are known.
+    Cases that measure memory have their peak instead, those of training also how many samples a second there are. The
+    first provider also says which share of a copy, or of a matrix product, it reaches, and a column before it the
+    floor, in the time of a copy, and those of `harness.FLOORS` that are known.
     """
     cases: dict[tuple, dict[str, dict[str, str]]] = {}
     for row in rows:
@@ -107,14 +108,18 @@ def cell(row: dict[str, str] | None, first: dict[str, str]) -> str:
     if memory_alone(row):
         return f"{number(row['peak_mb']):.0f} MB{'' if number(row['p50_us']) > 0 else ', not run'}"
     time = figures(number(row["p50_us"]))
+    if row["samples_per_s"]:
+        time += f", {number(row['samples_per_s']):.3g}/s"
     if row is first:
-        return f"{time} ({number(row['share_of_clone']):.0%})" if row["share_of_clone"] else time
+        share = row["share_of_clone"] or row["share_of_matmul"]
+        return f"{time} ({number(share):.0%})" if share else time
     return f"{time} ({number(row['p50_us']) / number(first['p50_us']):.1f} x)"
 
 
 def family_text(family: str, by_device: dict[str, Rows], up: str) -> str:
     """What stands between a family's marks: for each device where, when, plot and tables; `up` leads to the root."""
-    lines = ["In parentheses: the share of a copy's rate, and other columns' times in those of the first."]
+    of = "a matrix product" if any(row["share_of_matmul"] for rows in by_device.values() for row in rows) else "a copy"
+    lines = [f"In parentheses: the share of {of}'s rate, and other columns' times in those of the first."]
     known = in_order(what for rows in by_device.values() for row in rows for what in floors_of(row))
     if len(known) > 1:
         lines.append(f"Floors, in this order: {', '.join(known)}.")

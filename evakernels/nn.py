@@ -89,15 +89,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to (..., out_features)."""
-        w1, w2, w3, width = self.w1, self.w2, self.w3.weight, self.w1.out_features
-        zeros = w1.weight.new_zeros(-width % ALIGNMENT, w1.in_features)
-        weight = torch.cat([w1.weight, zeros, w2.weight, zeros])
-        bias = torch.cat([w1.bias, zeros[:, 0], w2.bias, zeros[:, 0]])
-        if len(zeros):
-            w3 = F.pad(w3, (0, len(zeros)))
-        norm = (self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps) if self.ffn_ln is not None else (None, None)
-        hidden = swiglu_norm_packed(F.linear(x, weight, bias), *norm, width=width)
-        return F.linear(hidden, w3, self.w3.bias)
+        return swiglu_mlp(x, self.w1, self.w2, self.ffn_ln, self.w3)
+
+
+def swiglu_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, norm: nn.LayerNorm | None, down: nn.Linear) -> Tensor:
+    """down(norm(silu(gate(x)) * up(x))); `gate` and `up` are one matrix product, padded to a multiple of 8."""
+    width = gate.out_features
+    zeros = gate.weight.new_zeros(-width % ALIGNMENT, gate.in_features)
+    weight = torch.cat([gate.weight, zeros, up.weight, zeros])
+    bias = None if gate.bias is None else torch.cat([gate.bias, zeros[:, 0], up.bias, zeros[:, 0]])
+    back = F.pad(down.weight, (0, len(zeros))) if len(zeros) else down.weight
+    weights = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None)
+    hidden = swiglu_norm_packed(F.linear(x, weight, bias), *weights, width=width)
+    return F.linear(hidden, back, down.bias)
 
 
 class Attention(nn.Module):
@@ -245,19 +249,21 @@ class ClipLoss(nn.Module):
 
         `logit_bias`, the same for all logits, changes neither the loss nor a gradient; it gets none.
         """
-        group = self._group()
+        group = whole_group("nn.ClipLoss", self.world_size)
         sizes = None if group is None else [len(image_features)] * self.world_size
         loss = contrastive_loss(image_features, text_features, logit_scale, group=group, batch_sizes=sizes)[0]
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _group(self) -> "dist.ProcessGroup | None":
-        if self.world_size == 1:
-            return None
-        size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
-        if size != self.world_size:
-            found = f"it has {size} processes" if size else "it is not initialised"
-            raise ValueError(
-                f"nn.ClipLoss: world_size is {self.world_size}, but of torch.distributed's default group {found}; call"
-                " torch.distributed.init_process_group first, and give its size"
-            )
-        return dist.group.WORLD
+
+def whole_group(function: str, world_size: int) -> "dist.ProcessGroup | None":
+    """`torch.distributed`'s default group, which must have so many processes; None for one process."""
+    if world_size == 1:
+        return None
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+    if size != world_size:
+        found = f"it has {size} processes" if size else "it is not initialised"
+        raise ValueError(
+            f"{function}: world_size is {world_size}, but of torch.distributed's default group {found}; call"
+            " torch.distributed.init_process_group first, and give its size"
+        )
+    return dist.group.WORLD

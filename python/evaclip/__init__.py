@@ -2,5 +2,7 @@
 
 from evaclip.models import create_model, list_models, load_checkpoint
 from evaclip.run import load
+from evaclip.weights.convert import convert
+from evaclip.weights.export import export
 
-__all__ = ["create_model", "list_models", "load", "load_checkpoint"]
+__all__ = ["convert", "create_model", "export", "list_models", "load", "load_checkpoint"]

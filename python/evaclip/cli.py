@@ -1,10 +1,12 @@
-"""The command line: evaclip train | eval | data | plot | plan | models."""
+"""The command line: evaclip train | eval | convert | export | data | plot | plan | models."""
 
 import sys
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from evaclip.data.check import Check, check
 from evaclip.data.common import DataError, extra
@@ -25,12 +27,18 @@ from evaclip.train.restart import began, mark
 from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
 from evaclip.train.trainer import Trainer
+from evaclip.weights.convert import SHARD_SIZE, Dialect, convert
+from evaclip.weights.export import export
+from evaclip.weights.load import Part
+from evaclip.weights.resize import Resize
 
 USAGE = """evaclip: train and evaluate EVA-CLIP models
 
   evaclip train RECIPE [--help | --FIELD VALUE ...]   RECIPE: a name, a TOML file, or a run's folder to continue it
                        [--print] [--scale tiny]       show what the recipe comes to; run it shrunk, on a CPU in seconds
   evaclip eval RUN [--data PATH] [--help]             zero-shot classification and retrieval of a trained model
+  evaclip convert SOURCE FILE [--to timm] [--help]    weights of any origin as native, timm, open_clip or hf
+  evaclip export SOURCE FOLDER [--help]               a folder to publish: weights, configuration, model card
   evaclip data pack SOURCE FOLDER [--help]            images with captions (folder, CSV/TSV/JSONL, Parquet) into shards
   evaclip data check SHARDS [--help]                  what is in shards, and what of it is broken
   evaclip plot RUN...  [--output PICTURE]             draw runs from their metrics.jsonl
@@ -43,7 +51,16 @@ recipes: {recipes}"""
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that a user can mend are printed as one sentence."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "eval": evaluate, "data": data, "plot": plot, "plan": plan, "models": models}
+    commands = {
+        "train": train,
+        "eval": evaluate,
+        "convert": convert_weights,
+        "export": export_folder,
+        "data": data,
+        "plot": plot,
+        "plan": plan,
+        "models": models,
+    }
     if not arguments or arguments[0] not in commands:
         print(USAGE.format(recipes=", ".join(recipe_files())))
         asked_for_help = not arguments or arguments[0] in ("-h", "--help", "help")
@@ -211,6 +228,66 @@ def evaluate(arguments: list[str]) -> int:
     for what, values in results.items():
         print_results({metric: {what: value} for metric, value in values.items()})
     print(f"written to {output}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converting:
+    """What `evaclip convert SOURCE FILE` can be told."""
+
+    to: Dialect = "native"
+    """Whose keys: "native" (EVA's own), "timm" (the image tower alone), "open_clip", or "hf" (remote code)."""
+    model: str | None = None
+    """The model that the weights must fit, one of `evaclip models`; of a run it is known."""
+    part: Part | None = None
+    """"visual" or "text": that tower alone."""
+    resize: Resize | None = None
+    """Interpolate positions and patch kernels to the model's: "eva" as EVA's code does, "timm" as timm's."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of all weights but logit_scale; default: as they are."""
+    shard_size: float = SHARD_SIZE
+    """Largest .safetensors file in GB; beyond it several are written, and their index."""
+
+
+def convert_weights(arguments: list[str]) -> int:
+    source, rest = _named(arguments)
+    file, rest = _named(rest)
+    options = _parse(Converting, f"evaclip convert {source or 'SOURCE'} {file or 'FILE'}", rest, Converting())
+    if not source or not file:
+        raise ValueError("give the weights (a file, a folder, a run or a name of the hub), then the file to write")
+    converted = convert(
+        source,
+        file,
+        to=options.to,
+        model=create_model(options.model, device="meta") if options.model else None,
+        part=options.part,
+        resize=options.resize,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        shard_size=options.shard_size,
+    )
+    print(f"{converted}; written to {converted.files[-1]}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting:
+    """What `evaclip export SOURCE FOLDER` can be told."""
+
+    model: str | None = None
+    """The model whose weights they are; default: the run's, or the published one of the same shapes."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of all weights but logit_scale; default: as they are."""
+
+
+def export_folder(arguments: list[str]) -> int:
+    source, rest = _named(arguments)
+    folder, rest = _named(rest)
+    options = _parse(Exporting, f"evaclip export {source or 'SOURCE'} {folder or 'FOLDER'}", rest, Exporting())
+    if not source or not folder:
+        raise ValueError("give the weights (a run, a file, a folder or a name of the hub), then the folder to make")
+    model = create_model(options.model, device="meta") if options.model else None
+    files = export(source, folder, model=model, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    print(f"written to {folder}: {', '.join(file.name for file in files)}")
     return 0
 
 

@@ -12,6 +12,8 @@ from evaclip.data.tokenizer import get_tokenizer
 from evaclip.models.clip import CLIP
 from evaclip.train import checkpoint
 from evaclip.train.recipe import build_model, load_recipe
+from evaclip.weights.export import exported
+from evaclip.weights.load import load_checkpoint
 
 
 class Loaded(NamedTuple):
@@ -26,7 +28,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     """The model of a run, ready to encode, with the tokenizer and the image transform it was trained for.
 
     Args:
-        path: a folder that `evaclip train` wrote, or one of its checkpoints.
+        path: a folder that `evaclip train` wrote, or one of its checkpoints; or one that `evaclip export` wrote.
         device: where the model goes.
 
     Returns:
@@ -35,13 +37,19 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     Raises:
         CheckpointError: nothing to load there.
     """
-    folder = checkpoint.latest(Path(path))
-    recipe = load_recipe(str(folder / "recipe.json"))
-    model = build_model(recipe, device)
-    checkpoint.load_weights(folder, model)
+    if (published := exported(Path(path))) is not None:
+        config, tokenizer = published
+        with torch.device("meta"):
+            model = CLIP(config)
+        load_checkpoint(model.to_empty(device=device), path)
+    else:
+        folder = checkpoint.latest(Path(path))
+        recipe = load_recipe(str(folder / "recipe.json"))
+        model, tokenizer = build_model(recipe, device), recipe.data.tokenizer
+        checkpoint.load_weights(folder, model)
     vision = model.config.vision
     return Loaded(
         model.eval(),
-        get_tokenizer(recipe.data.tokenizer, model.config.text.context),
+        get_tokenizer(tokenizer, model.config.text.context),
         image_transform(vision.image_size, mode="crop", channels=vision.channels),
     )

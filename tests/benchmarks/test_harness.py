@@ -8,7 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_host, bench_norm, bench_swiglu, bench_tokens, harness, rates, report
+from benchmarks import (
+    bench_attention,
+    bench_host,
+    bench_integrations,
+    bench_norm,
+    bench_swiglu,
+    bench_tokens,
+    harness,
+    rates,
+    report,
+)
 
 
 @pytest.fixture
@@ -73,11 +83,15 @@ def test_what_is_written_is_read_again(called_once, tmp_path):
     assert [row["absent"] for row in again] == ["", "no\ttime"] and again[0]["shape"] == "a, b"
 
 
-@pytest.mark.parametrize("bench", [bench_attention, bench_norm, bench_swiglu, bench_tokens, bench_host])
+@pytest.mark.parametrize(
+    "bench", [bench_attention, bench_norm, bench_swiglu, bench_tokens, bench_host, bench_integrations]
+)
 def test_every_quick_case_runs(bench, called_once):
     rows = list(bench.rows(quick=True))
     assert rows and not [row for row in rows if row["absent"].startswith(harness.FAILS)]
-    if bench is not bench_host:
+    if bench is bench_integrations:
+        assert {row["provider"] for row in rows} >= {"evakernels", "untouched"}
+    elif bench is not bench_host:
         assert {row["provider"] for row in rows} >= {"evakernels", "evakernels, reference"}
         assert all(row["bytes"] > 0 for row in rows)
 

@@ -104,7 +104,8 @@ def test_every_batch_size(b, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [8, 20, 61, 64, 96, 640])
 def test_every_width(width, dtype, device, small_tiles):
-    assert_as_exact(device, dtype, [(*pairs(40, width, dtype=dtype, seed=s), 10.0) for s in range(8)])
+    seeds = range(8 if dtype == torch.float32 else 1)
+    assert_as_exact(device, dtype, [(*pairs(34, width, dtype=dtype, seed=s), 10.0) for s in seeds])
 
 
 def test_of_equal_logits_the_lowest_index_counts(device, tile):
@@ -188,8 +189,7 @@ def test_ops_pass_opcheck(device):
     mask = torch.arange(9, device=device) % 3 > 0
     arguments = image, text, torch.tensor([10.0], device=device), 0.1, mask
     opcheck(OPS.contrastive_forward.default, (*arguments, *ALONE))
-    for wants in ((True, True), (False, True)):
-        opcheck(OPS.contrastive_with_gradients.default, (*arguments, *ALONE, *wants))
+    opcheck(OPS.contrastive_with_gradients.default, (*arguments, *ALONE, False, True))
 
 
 def test_float64_is_refused_in_words():
@@ -253,13 +253,15 @@ def test_tiles_of_several_ranks_are_those_of_the_formula(kind, dtype, device, ti
         (logits - x.maximum.double().unsqueeze(dim)).exp() / x.total.double().unsqueeze(dim)
         for dim, x in ((1, rows), (0, columns))
     )
+    rows = rows._replace(middle=torch.tensor(2.0, device=device))
     z = logits - 3.0
     losses = torch.nn.functional.softplus(torch.where(own, -z, z), threshold=100).sum()
     close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-5}
     for sigmoid, w in ((False, by_row + by_column - 0.2 / 200 - 1.8 * own), (True, z.sigmoid() - own.double())):
         gradients = [torch.ones(side.features.shape, device=device) for side in (rows, columns)]
         if not sigmoid:
-            triton.contrastive_gradients(rows, columns, scale, 0.1, 200, 0.5, *gradients)
+            product = triton.contrastive_gradients(rows, columns, scale, 0.1, 200, 0.5, *gradients)
+            torch.testing.assert_close(product, 0.5 * (w * (logits - 2.0)).sum(), rtol=1e-5, atol=1e-5)
         else:
             sums = triton.sigmoid_gradients(rows, columns, scale, bias, 0.5, *gradients)
             torch.testing.assert_close(sums, torch.stack((losses, w.sum())), rtol=1e-5, atol=1e-5)
@@ -290,8 +292,8 @@ def test_weights_and_chunks_stay_within_their_bytes():
             triton.chunk(2816, ranks, features) % 128 == 0
             and triton.chunk(2816, ranks, features) * ranks <= triton.COLUMNS
         )
-    for itemsize in (2, 4):
-        tile = triton.config(itemsize, (8, 0))
+    for itemsize, capability in itertools.product((2, 4), ((8, 0), (9, 0))):
+        tile = triton.config(itemsize, capability)
         for rows, columns in ((1, 1), (100, 77), (32768, 16384), (11000, 16384), (4096, 16384)):
             height, pitch = triton.weights_at_a_time(rows, columns, itemsize, tile)
             assert height == rows or height % tile.rows == 0

@@ -107,15 +107,20 @@ CONVENTIONS = [
     ("SigLipLoss", {"dist_impl": "shift"}, 1, 1),
     ("SigLipLoss", {"dist_impl": "reduce"}, 1, 1),
     ("SigLipLoss", {"dist_impl": "gather"}, 1, 1),
+    ("replaced ClipLoss", {}, 1 / 4, 1),
+    ("replaced ClipLoss", {"gather_with_grad": True}, 1, 1),
+    ("replaced ClipLoss", {"local_loss": True, "gather_with_grad": True}, 1, 1),
+    ("replaced SigLipLoss", {}, 1, 1),
 ]
 
 
 def test_the_table_of_conventions_is_true():
     cases = [(name, flags) for name, flags, _, _ in CONVENTIONS]
     for found in distributed.run(workers.factors, 4, [6] * 4, cases):
-        for (name, flags, encoders, scale), (factor, residual, of_scale) in zip(CONVENTIONS, found, strict=True):
-            what = f"{name} {flags}: {factor:.4f}, {residual:.2e}, {of_scale:.4f}"
-            assert of_scale == pytest.approx(scale, rel=1e-6), what
+        for (name, flags, encoders, scale), numbers in zip(CONVENTIONS, found, strict=True):
+            factor, residual, of_scale, of_value = numbers
+            what = f"{name} {flags}: {factor:.4f}, {residual:.2e}, {of_scale:.4f}, {of_value:.4f}"
+            assert (of_scale, of_value) == pytest.approx((scale, 1), rel=1e-6), what
             if encoders is None:  # no multiple: the wrong direction
                 assert residual > 0.05, what
             else:

@@ -111,34 +111,42 @@ def trained(how: str, sizes: list[int]) -> list[Tensor]:
     return gradients
 
 
-def factors(sizes: list[int], conventions: list[tuple[str, dict]]) -> list[tuple[float, float, float]]:
-    """What multiple of the exact gradient a published loss gives after averaging over ranks, by its constructor.
+def factors(sizes: list[int], conventions: list[tuple[str, dict]]) -> list[tuple[float, ...]]:
+    """What multiple of the exact gradient a loss gives after averaging over ranks, by its name and flags.
 
-    Of the encoders, how far it is from any multiple (relative), and of the logit scale.
+    Of the encoders, how far it is from any multiple (relative), of the logit scale, and of the loss itself. "replaced"
+    before the name of an open_clip loss: by `evakernels.integrations`.
     """
     import torchvision_on_cpu  # noqa: F401
     from open_clip import loss as published
+
+    from evakernels.integrations.open_clip import replace
 
     rank, world = dist.get_rank(), len(sizes)
     found = []
     for name, flags in conventions:
         image, text = (share(x, sizes).requires_grad_() for x in batch(sum(sizes)))
         scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (20.0, -5.0))
-        make = ek.nn.ClipLoss if name == "ours" else getattr(published, name)
-        scalars = (scale, bias) if "Sig" in name else (scale,)
-        make(rank=rank, world_size=world, **flags)(image, text, *scalars).backward()
+        make = ek.nn.ClipLoss if name == "ours" else getattr(published, name.removeprefix("replaced "))
+        loss = make(rank=rank, world_size=world, **flags)
+        if name.startswith("replaced"):
+            replace(loss)
+        value = loss(image, text, *((scale, bias) if "Sig" in name else (scale,)))
+        value.backward()
         exact = [share(x, sizes).requires_grad_() for x in batch(sum(sizes))]
         exact_scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
         if "Sig" in name:
-            ek.sigmoid_loss(*exact, exact_scale, -5.0, group=dist.group.WORLD).backward()
+            exact_value = ek.sigmoid_loss(*exact, exact_scale, -5.0, group=dist.group.WORLD)
         else:
-            ek.contrastive_loss(*exact, exact_scale, group=dist.group.WORLD)[0].backward()
+            exact_value = ek.contrastive_loss(*exact, exact_scale, group=dist.group.WORLD)[0]
+        exact_value.backward()
         theirs, ours = torch.cat((image.grad, text.grad)), torch.cat([x.grad for x in exact])
         sums = torch.stack((
-            (theirs * ours).sum(), ours.square().sum(), theirs.square().sum(), scale.grad, exact_scale.grad
+            (theirs * ours).sum(), ours.square().sum(), theirs.square().sum(), scale.grad, exact_scale.grad,
+            value.detach(), exact_value.detach()
         ))  # fmt: skip
         dist.all_reduce(sums)
-        product, mine, its, scale_sum, exact_sum = sums.tolist()
+        product, mine, its, scale_sum, exact_sum, value_sum, exact_value_sum = sums.tolist()
         residual = max(0.0, 1 - product**2 / (mine * its)) ** 0.5
-        found.append((product / mine, residual, scale_sum / exact_sum))
+        found.append((product / mine, residual, scale_sum / exact_sum, value_sum / exact_value_sum))
     return found

@@ -10,15 +10,8 @@ import evaclip
 from evaclip.models.config import CONFIGS
 from evaclip.models.text import TextTower
 from evaclip.models.vision import VisionTower
-
-# Native names -> timm's, for what has another name there.
-TO_TIMM = (
-    ("attn.inner_attn_ln.", "attn.norm."),
-    ("mlp.ffn_ln.", "mlp.norm."),
-    ("mlp.w1.", "mlp.fc1_g."),
-    ("mlp.w2.", "mlp.fc1_x."),
-    ("mlp.w3.", "mlp.fc2."),
-)
+from evaclip.weights import dialects
+from evaclip.weights.lazy import lazy
 
 
 def randomize(module, seed=0):
@@ -36,10 +29,11 @@ def randomize(module, seed=0):
     return module
 
 
-def timm_name(key, split):
-    for native, other in TO_TIMM:
-        key = key.replace(native, other)
-    return key.replace("attn.q_bias", "attn.q_proj.bias").replace("attn.v_bias", "attn.v_proj.bias") if split else key
+def for_timm(tensors):
+    """An image tower's tensors by timm's names."""
+    written, homeless = dialects.write(dialects.read({key: lazy(x) for key, x in tensors.items()}), "timm")
+    assert not homeless
+    return {key: tensor.read() for key, tensor in written.items()}
 
 
 class DropTo(torch.nn.Module):
@@ -73,8 +67,7 @@ def test_vision_tower_is_timms_in_eval_and_in_training_with_dropped_patches(name
         ours = VisionTower(config.vision, config.embed_dim)
     randomize(ours.to_empty(device="cpu"))
     theirs = timm.create_model(timm_model, depth=2, img_size=size, num_classes=config.embed_dim)
-    split = not config.vision.qkv_fused
-    report = theirs.load_state_dict({timm_name(k, split): v for k, v in ours.state_dict().items()}, strict=True)
+    report = theirs.load_state_dict(for_timm(ours.state_dict()), strict=True)
     assert not report.missing_keys and not report.unexpected_keys
 
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -90,9 +83,9 @@ def test_vision_tower_is_timms_in_eval_and_in_training_with_dropped_patches(name
     mine.backward(dout)
     peer.backward(dout)
     gradients = dict(theirs.named_parameters())
-    for key, parameter in ours.named_parameters():
-        expected = gradients[timm_name(key, split)].grad
-        assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max(), key
+    for key, gradient in for_timm({key: parameter.grad for key, parameter in ours.named_parameters()}).items():
+        expected = gradients[key].grad
+        assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), key
 
 
 @pytest.mark.parametrize("name", ["EVA02-CLIP-B-16", "EVA-CLIP-8B"])

@@ -140,7 +140,10 @@ def test_the_command_line_runs_a_shrunk_recipe(tmp_path, capsys):
     [
         (["--scale", "small"], "--scale is 'small'; allowed: \"tiny\""),
         (["--scale"], "--scale is ''"),
-        (["--model.image-checkpoint", "gone.pt"], "model.image_checkpoint is 'gone.pt', and there is no such file"),
+        (
+            ["--model.image-checkpoint", "gone.pt"],
+            "model.image_checkpoint is 'gone.pt': no checkpoint at gone.pt; give yours as --model.image-checkpoint",
+        ),
     ],
 )
 def test_what_cannot_run_is_said_in_a_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import time
 import distributed
 import pytest
 import torch
+from safetensors.torch import load_file
 from train import ranked
 
 import evaclip
@@ -185,6 +186,9 @@ def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     model, _, _ = evaclip.load(tmp_path / "whole")  # sharded weights, in one process
     for name, value in model.state_dict().items():
+        assert torch.equal(value, whole[0][2][name]), name
+    evaclip.convert(tmp_path / "whole", tmp_path / "one.safetensors")
+    for name, value in load_file(tmp_path / "one.safetensors").items():
         assert torch.equal(value, whole[0][2][name]), name
 
 

@@ -8,6 +8,8 @@ from evakernels.dispatch import define
 from evakernels.ops import checks
 from evakernels.ops.attention.rope import Rope2d
 
+HEAD_DIMS = range(32, 129, 8)
+
 __all__ = ["Rope2d", "apply_rope", "attention", "attention_qkvpacked"]
 
 
@@ -122,7 +124,7 @@ def _check_heads(function: str, name: str, x: Tensor, dimensions: tuple[str, ...
             f"{function}: {name} has shape {tuple(x.shape)}; expected ({', '.join(dimensions)}) with at least one token"
         )
     head_dim = x.shape[-1]
-    if not 32 <= head_dim <= 128 or head_dim % 8:
+    if head_dim not in HEAD_DIMS:
         raise ValueError(f"{function}: the head dimension is {head_dim}; allowed are 32 to 128 in steps of 8")
 
 

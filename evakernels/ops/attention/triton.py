@@ -96,13 +96,15 @@ def forward_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: D
         return Plan(rows, 64, rows // 16, 1 if turns else 3, turns)
     if rotated and tokens <= 64:
         return Plan(64, 16 if head_dim in (40, 48, 72) else 32, 4, 1, True)  # 32 spill a few bytes there
-    return Plan(rows, 64 if head_dim <= 96 and rows == 128 else 32, rows // 16, 2)
+    if head_dim > 96:
+        rows = 64  # of 128 a few bytes spill where causal, as of 64 keys beyond 80 channels
+    return Plan(rows, 64 if head_dim <= 80 and rows == 128 else 32, rows // 16, 2)
 
 
 def queries_plan(tokens: int, head_dim: int, size: int, rotated: bool, device: Device) -> Plan:
     """Of the backward kernel that makes dq of a block of queries."""
     if size == 4:
-        return Plan(16, 16, 4 if head_dim <= 96 else 8, 1)
+        return Plan(16, 32, 4, 1) if head_dim <= 96 else Plan(16, 16, 8, 1)
     if not device.warpgroups:
         return Plan(64, 32, 4, 2)
     rows = _rows_of_a_block(tokens)

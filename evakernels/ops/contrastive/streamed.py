@@ -14,7 +14,8 @@ backward has no collective, and nothing but the gradients is kept for it.
 
 What computes a chunk are four functions of a module `tiles` (`reference`, `triton`): `positives`, `statistics`,
 `contrastive_gradients`, `sigmoid_gradients`, and the size of a chunk, `chunk`. Where it has a true `PRODUCT`,
-`contrastive_gradients` returns <dS, S>, of which the gradient of the scale is made; else it is <image, dimage>.
+`contrastive_gradients` returns <dS, S - rows.middle>, and the sum over all ranks is <dS, S>, because that of dS is 0:
+the gradient of the scale is made of it. Elsewhere it is made of <image, dimage>.
 """
 
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ class Side(NamedTuple):
     positive: Any = None  # (n,) each sample's own logit
     maximum: Any = None  # (n,) of the whole row (column) of S, and the sum of exp(S - maximum): in the second pass
     total: Any = None
+    middle: Any = None  # the mean of all samples' own logits, where `tiles` has a PRODUCT
 
     def places(self) -> Tensor:
         """(n,) int32: where in the whole batch each sample is."""
@@ -288,13 +290,13 @@ def contrastive(
     by_column = [Statistics(*parts) for parts in zip(*(x.split(lengths) for x in of_all), strict=True)]
 
     mine = Statistics(*(x[lay.own] for x in by_row)), own_columns(columns, by_column)
-    loss, accuracies = summed(lay, own, *mine, smoothing, image, text, wide)
+    loss, accuracies, middle = summed(lay, own, *mine, smoothing, image, text, wide)
     if wants is None:
         return loss, accuracies
-    rows = rows._replace(maximum=by_row.maximum, total=by_row.total)
+    rows = rows._replace(maximum=by_row.maximum, total=by_row.total, middle=middle)
     share = 0.5 / lay.samples
 
-    product = wide.new_zeros((), dtype=torch.float64) if getattr(tiles, "PRODUCT", False) else None  # <dS, S>
+    product = wide.new_zeros((), dtype=torch.float64) if getattr(tiles, "PRODUCT", False) else None
 
     def gradients(k: int, side: Side, dimage: Tensor | None, dtext: Tensor | None) -> None:
         side = side._replace(maximum=by_column[k].maximum, total=by_column[k].total)
@@ -367,13 +369,13 @@ def cross_entropies(stats: Statistics, positive: Tensor) -> Tensor:
     return (stats.maximum - positive) + stats.total.log()  # in this order a small loss keeps its digits
 
 
-def summed(lay, own, of_rows, of_columns, smoothing, image, text, scale) -> tuple[Tensor, Tensor]:
-    """The loss and the accuracies, by one sum over all ranks, in float64."""
+def summed(lay, own, of_rows, of_columns, smoothing, image, text, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the accuracies and the mean of own logits, by one sum over all ranks, in float64."""
     sums = [*(cross_entropies(stats, own).double().sum() for stats in (of_rows, of_columns))]
     sums += [(stats.beaten == 0).double().sum() for stats in (of_rows, of_columns)]
-    parts = [torch.stack(sums)]
+    parts = [torch.stack([*sums, own.double().sum()])]
     if smoothing:
-        parts += [own.double().sum()[None], *(x.sum(0, dtype=torch.float64) for x in (image, text))]
+        parts += [x.sum(0, dtype=torch.float64) for x in (image, text)]
     total = torch.cat(parts) / lay.samples
     if lay.everyone.size > 1:
         lay.everyone.sum(total)()
@@ -381,7 +383,7 @@ def summed(lay, own, of_rows, of_columns, smoothing, image, text, scale) -> tupl
     if smoothing:  # the mean of the positives minus that of S, which is the product of the mean features
         image_mean, text_mean = total[5:].chunk(2)
         loss = loss + smoothing * (total[4] - scale * image_mean.dot(text_mean))
-    return loss.to(scale.dtype), total[2:4].to(scale.dtype, copy=True)
+    return loss.to(scale.dtype), total[2:4].to(scale.dtype, copy=True), total[4].to(scale.dtype)
 
 
 def backpropagated(
@@ -389,7 +391,7 @@ def backpropagated(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dimage, dtext and dscale of `gradients`, which adds a chunk's dS text and dS' image where they are wanted.
 
-    `product` may be <dS, S> when all chunks are through.
+    `product` may be this rank's share of <dS, S> when all chunks are through.
     """
     wants_image, wants_text = wants
     dimage = scale.new_zeros(rows.features.shape) if wants_image else None

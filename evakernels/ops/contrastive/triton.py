@@ -42,7 +42,8 @@ class Config(NamedTuple):
     rows: int  # of a tile of S
     columns: int
     k: int  # how much of the features' width is multiplied at a time
-    warps: int
+    warps: int  # of a program of `lse_tiles`
+    gradient_warps: int  # of `softmax_grad_tiles`
     stages: int
 
 
@@ -51,12 +52,14 @@ def config(itemsize: int, capability: tuple[int, int]) -> Config:
 
     By formula: two programs of 4 warps share a multiprocessor's registers, 255 a thread, of which half hold the 128 x
     128 sums; while one is at its exponentials the other multiplies. The stages of both fit shared memory: 2 x 96 KiB of
-    an H100's, whose tensor cores read 64 elements at a time; 2 x 48 KiB before, where 64 would not leave registers
-    enough. float32 is multiplied in true float32, not on tensor cores, and a smaller tile does.
+    an H100's, whose tensor cores read 64 elements at a time, 2 x 48 KiB before. `softmax_grad_tiles` has more to hold
+    and more variants, of which some would not fit 255 registers: it has the sums in twice as many threads, and a
+    multiprocessor for itself. float32 is multiplied in true float32, not on tensor cores, and a smaller tile does.
     """
     if itemsize == 4:
-        return Config(64, 64, 32, warps=4, stages=2)
-    return Config(128, 128, 64, warps=4, stages=3) if capability >= (9, 0) else Config(128, 128, 32, warps=4, stages=4)
+        return Config(64, 64, 32, warps=4, gradient_warps=4, stages=2)
+    k, stages = (64, 3) if capability >= (9, 0) else (32, 4)
+    return Config(128, 128, k, warps=4, gradient_warps=8, stages=stages)
 
 
 def chunk(rows: int, ranks: int, features: Tensor) -> int:
@@ -136,25 +139,21 @@ def contrastive_gradients(
     rows: Side, columns: Side, scale: Tensor, smoothing: float, samples: int, share: float,
     dimage: Tensor | None, dtext: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Add share * W text to dimage and share * W' image to dtext, where they are wanted; returns share * <W, S>.
+    """Add share * W text to dimage and share * W' image to dtext, where they are wanted; returns <share W, S - middle>.
 
-    Softmaxes sum to one, and a sample has two of them and two labels: <W, S> is a mean of what the logits of rows and
-    columns are above the own one, and is summed up so, in float64, lest all that they have in common cancels.
+    Without middle, nearly equal logits would cancel in <W, S>.
     """
     uniform = 2 * smoothing / samples
     product = _add_products(rows, columns, scale, None, uniform, share, dimage, dtext)[0]
     if smoothing:
         means = (side.features.mean(0, dtype=torch.float64) for side in (rows, columns))
-        product -= uniform * len(rows.features) * len(columns.features) * scale * torch.dot(*means)
+        pairs = len(rows.features) * len(columns.features)
+        product -= uniform * pairs * (scale * torch.dot(*means) - rows.middle)
     for i, j in own_pairs(rows, columns):
-        w = -2 * (1 - smoothing)
-        for side, part in ((rows, i), (columns, j)):
-            below = side.positive[part] - side.maximum[part]
-            probability = below.exp() / side.total[part]
-            product += (below * (probability - 1)).sum(dtype=torch.float64)
-            w = w + probability
-        if smoothing:
-            product += 2 * smoothing * rows.positive[i].sum(dtype=torch.float64)
+        both = ((rows, i), (columns, j))
+        softmaxes = [(side.positive[part] - side.maximum[part]).exp_() / side.total[part] for side, part in both]
+        w = softmaxes[0] + softmaxes[1] - 2 * (1 - smoothing)
+        product += torch.dot(w.double(), rows.positive[i].double() - rows.middle)
         _add_own(w, rows, columns, i, j, share, dimage, dtext)
     return product * share
 
@@ -194,11 +193,11 @@ def _add_products(rows, columns, scale, bias, uniform, share, dimage, dtext) -> 
         row_lost = scale.new_empty(across, length) if rounds and dimage is not None else None
         column_lost = scale.new_empty(down, len(text)) if rounds and dtext is not None else None
         jit.launch(
-            *(kernels.softmax_grad_tiles, (down * across,), image[part], text, scale, bias),
+            *(kernels.softmax_grad_tiles, (down * across,), image[part], text, scale, bias, rows.middle),
             *(None if x is None else x[part] for x in (rows.maximum, rows.total)),
             *(columns.maximum, columns.total, row_place[part], column_place, w, row_lost, column_lost, of_tiles),
             *(length, len(text), pitch // 8),
-            **_options(tile, image),
+            **_options(tile, image) | {"warps": tile.gradient_warps},
             W_SCALE=w_scale,
         )
         sums += of_tiles.sum(0, dtype=torch.float64)

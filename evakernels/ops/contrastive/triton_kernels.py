@@ -184,14 +184,14 @@ def _softplus(z):
 
 @jit.kernel
 def softmax_grad_tiles(
-    image_ptr, text_ptr, scale_ptr, bias_ptr, row_maximum_ptr, row_total_ptr, column_maximum_ptr, column_total_ptr,
-    row_place_ptr, column_place_ptr, w_ptr, row_lost_ptr, column_lost_ptr, sums_ptr, rows, columns, eighths,
+    image_ptr, text_ptr, scale_ptr, bias_ptr, middle_ptr, row_maximum_ptr, row_total_ptr, column_maximum_ptr,
+    column_total_ptr, row_place_ptr, column_place_ptr, w_ptr, row_lost_ptr, column_lost_ptr, sums_ptr,
+    rows, columns, eighths,
     W_SCALE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of S the weights W of the pairs that are no sample's own; what is None is not computed.
 
-        contrastive   W = P + Q,   P = softmax over the row, Q = softmax over the column;
-                      sums (tiles, 2) gets that of P (S - maximum of the row) + Q (S - maximum of the column), and 0
+        contrastive   W = softmax over the row + softmax over the column;   sums (tiles, 2) gets <W, S - middle>, 0
         sigmoid       W = sigmoid(S + bias);   sums gets those of the loss and of W
 
     w (rows, 8 * eighths) gets W_SCALE * W, rounded. What rounding took from rows goes to row_lost (blocks of columns,
@@ -207,6 +207,7 @@ def softmax_grad_tiles(
         logits = tl.where(kept, logits, NOWHERE)
     if bias_ptr is None:
         maximum, share = tl.load(row_maximum_ptr + last_row), 1 / tl.load(row_total_ptr + last_row)
+        middle = tl.load(middle_ptr)
     row_lost, first, second = _zeros(ROWS), _zeros(ROWS), _zeros(ROWS)
 
     quarters = _quarters(logits, ROWS, COLUMNS)
@@ -215,11 +216,9 @@ def softmax_grad_tiles(
         if bias_ptr is None:
             last_column = tl.minimum(column, columns - 1)
             column_share = 1 / tl.load(column_total_ptr + last_column)
-            below_row = part - maximum[:, None]
-            below_column = part - tl.load(column_maximum_ptr + last_column)[None, :]
-            by_row, by_column = tl.exp(below_row) * share[:, None], tl.exp(below_column) * column_share[None, :]
-            first += tl.sum(by_row * below_row + by_column * below_column, 1)
-            w = by_row + by_column
+            w = tl.exp(part - tl.load(column_maximum_ptr + last_column)[None, :]) * column_share[None, :]
+            w += tl.exp(part - maximum[:, None]) * share[:, None]
+            first += tl.sum(w * (part - middle), 1)
         else:
             z = part + tl.load(bias_ptr)
             first += tl.sum(_softplus(z), 1)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from evaclip.models.checkpoint import load_checkpoint
 from evaclip.models.clip import CLIP
 from evaclip.models.config import ALIASES, CONFIGS, ClipConfig, TextConfig, VisionConfig
+from evaclip.weights.load import load_checkpoint
 
 
 def list_models() -> list[str]:

@@ -18,9 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from evaclip.files import write_text
-from evaclip.models import configure, create_model
+from evaclip.models import configure, create_model, load_checkpoint
 from evaclip.models.clip import CLIP
-from evaclip.models.initial import start_from
 from evaclip.recipes import recipe_files
 
 Override = int | float | bool | str | tuple[int, int]
@@ -35,7 +34,7 @@ class Model:
     name: str = "EVA02-CLIP-B-16"
     """One of `evaclip models`."""
     checkpoint: str | None = None
-    """Weights of a whole model to start from; positions of another grid are interpolated."""
+    """Weights of a whole model to start from, a path or a name of the hub; positions may be of another grid."""
     image_checkpoint: str | None = None
     """Weights the vision tower starts from, of a masked image model or a CLIP; its head starts anew."""
     text_checkpoint: str | None = None
@@ -407,24 +406,27 @@ def start(model: CLIP, recipe: Model) -> list[str]:
     """Take over the weights a recipe starts from.
 
     Returns:
-        sentences about what was not taken over as it is.
+        a sentence about each source: what was read of it, what was not, and what starts anew.
 
     Raises:
-        RecipeError: a file is missing.
-        ValueError: a file does not fit.
+        RecipeError: a source is missing.
+        ValueError: a source does not fit.
     """
     notes = []
-    for key, tower in CHECKPOINTS.items():
+    for key, part in CHECKPOINTS.items():
         path = getattr(recipe, key)
         if path is None:
             continue
-        if not Path(path).is_file():
+        try:
+            # What a tower alone does not take over: its way into a joint space that another model does not share.
+            skip = () if part is None else ("visual.head", "text.text_projection")
+            notes.append(str(load_checkpoint(model, path, part=part, resize="eva", skip=skip)))
+        except FileNotFoundError as error:
             option = key.replace("_", "-")
             raise RecipeError(
-                f"model.{key} is {path!r}, and there is no such file; give yours as --model.{option} PATH, or start "
-                f"from random values with --model.{option} None"
-            )
-        notes += start_from(model, path, tower)
+                f"model.{key} is {path!r}: {error}; give yours as --model.{option} PATH, or start from random values "
+                f"with --model.{option} None"
+            ) from None
     return notes
 
 

@@ -6,12 +6,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from evaclip.models import create_model
-from evaclip.models.initial import start_from
+from evaclip.train.recipe import Model, start
 
 
 def model_of(seed=0, **vision):
     torch.manual_seed(seed)
     return create_model("EVA02-CLIP-tiny", vision=vision)
+
+
+def start_from(model, path, tower=None):
+    """As a recipe that names the file starts."""
+    field = {None: "checkpoint", "visual": "image_checkpoint", "text": "text_checkpoint"}[tower]
+    return start(model, Model(**{field: str(path)}))
 
 
 def written(path, state):
@@ -33,7 +39,7 @@ def test_a_whole_model_moves_to_a_finer_grid(tmp_path):
     finer = F.interpolate(grid, (6, 6), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
     assert torch.equal(after["visual.pos_embed"][:, 1:], finer)
     assert torch.equal(after["visual.pos_embed"][:, :1], before["visual.pos_embed"][:, :1])
-    assert notes == ["clip.safetensors: visual.pos_embed (1, 17, 64) interpolated to (1, 37, 64)"]
+    assert notes[0].endswith("parameters; interpolated: visual.pos_embed (1, 17, 64) to (1, 37, 64)")
 
 
 def test_an_image_tower_starts_from_a_masked_image_model(tmp_path):
@@ -58,8 +64,12 @@ def test_an_image_tower_starts_from_a_masked_image_model(tmp_path):
             assert torch.equal(after[key], F.interpolate(images[own], (16, 16), mode="bicubic"))
         else:
             assert torch.equal(after[key], images[own]), key
-    assert "head.weight, head.bias, " in notes[0] and "start anew" in notes[0]
-    assert "interpolated to (64, 3, 16, 16)" in notes[1]
+    (note,) = notes
+    assert ": mim, " in note and "1 rotary tables ignored" in note
+    assert "not used: lm_head.weight, mask_token" in note
+    assert "kept as it was: visual.head.weight, visual.head.bias" in note
+    assert "initialised: visual.blocks.0.attn.inner_attn_ln.weight" in note
+    assert "visual.patch_embed.proj.weight (64, 3, 8, 8) to (64, 3, 16, 16)" in note
 
 
 @pytest.mark.parametrize("prefix", ["text.", ""])

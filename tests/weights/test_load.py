@@ -1,6 +1,8 @@
 """Reading checkpoints: all or nothing."""
 
 import argparse
+import fractions
+import zipfile
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, suffix):
     assert same(evaclip.create_model(NAME, checkpoint=path).state_dict(), weights)
     assert report.tensors == len(weights)
     assert report.parameters == sum(p.numel() for p in target.parameters())
-    assert str(report) == f"{path}: {report.tensors} tensors of float32, {report.parameters:,} parameters"
+    assert str(report) == f"{path}: native, {report.tensors} tensors of float32, {report.parameters:,} parameters"
 
 
 @pytest.mark.parametrize(
@@ -100,23 +102,62 @@ def test_every_misfit_is_listed_and_nothing_is_changed(tmp_path):
     with pytest.raises(ValueError) as error:
         evaclip.load_checkpoint(target, tmp_path / "w.pt")
     for line in (
-        f"{tmp_path / 'w.pt'} does not fit the model, which is unchanged:",
+        f"{tmp_path / 'w.pt'} (native) does not fit the model, which is unchanged:",
         "missing: visual.norm.bias (64,)",
         "missing: text.ln_final.weight (64,)",
         "unexpected: visual.head.scale (2,)",
         "unexpected: text.extra (3, 1)",
-        "reshaped: visual.pos_embed is (1, 26, 64), the model's (1, 17, 64)",
+        "reshaped: visual.pos_embed is (1, 26, 64), the model's (1, 17, 64); resize='eva' or 'timm' interpolates it",
     ):
         assert line in str(error.value)
     assert len(str(error.value).splitlines()) == 6
     assert same(target.state_dict(), model().state_dict())
 
 
-def test_another_dialect_is_named_by_its_keys(tmp_path):
-    keys = ("vision_model.embeddings.class_embedding", "visual_projection.weight")
-    torch.save({key: torch.zeros(2) for key in keys}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"another dialect: its 2 keys look like 'vision_model.embeddings.class_emb"):
+def test_keys_of_no_dialect_are_quoted(tmp_path):
+    torch.save({"encoder.layer.0.weight": torch.zeros(2), "pooler.bias": torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"its 2 keys look like 'encoder.layer.0.weight', 'pooler.bias'; that is none"):
         evaclip.load_checkpoint(model(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("part", ["visual", "text"])
+def test_one_tower_is_read_out_of_a_whole_model(part, tmp_path):
+    weights, target = state(), model()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    torch.save(weights, tmp_path / "w.pt")
+    report = evaclip.load_checkpoint(target, tmp_path / "w.pt", part=part)
+    own = {key for key in weights if key.startswith(part + ".")}
+    assert same(target.state_dict(), {k: (weights if k in own else before)[k] for k in weights})
+    assert report.tensors == len(own) and "logit_scale" in report.unused
+    assert f"not used: {report.unused[0]}" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kept", "part", "words"),
+    [
+        ("visual.", None, "holds no text tower of EVA-CLIP's kind; part='visual' reads the other one alone"),
+        ("text.", None, "holds no image tower of EVA-CLIP's kind; part='text' reads the other one alone"),
+        ("text.", "visual", "holds no image tower of EVA-CLIP's kind"),
+        ("", "image", "part is 'image'; allowed: 'visual', 'text' or None"),
+    ],
+)
+def test_a_tower_that_is_not_there_is_named(kept, part, words, tmp_path):
+    torch.save({key: value for key, value in state().items() if key.startswith(kept)}, tmp_path / "w.pt")
+    target = model()
+    with pytest.raises(ValueError, match=words):
+        evaclip.load_checkpoint(target, tmp_path / "w.pt", part=part)
+    assert same(target.state_dict(), model().state_dict())
+
+
+def test_what_is_skipped_keeps_its_values(tmp_path):
+    weights, target = state(), model()
+    weights["visual.head.weight"] = torch.zeros(7, 64)  # of another joint space
+    before = target.visual.head.weight.clone()
+    torch.save(weights, tmp_path / "w.pt")
+    report = evaclip.load_checkpoint(target, tmp_path / "w.pt", skip=("visual.head",))
+    assert torch.equal(target.visual.head.weight, before)
+    assert report.kept == report.unused == ("visual.head.weight", "visual.head.bias")
+    assert torch.equal(target.visual.norm.weight, weights["visual.norm.weight"])
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -142,9 +183,20 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     torch.save({"weights": state(), "epoch": 3}, path)
     with pytest.raises(ValueError, match="entries that are no tensors: 'weights', 'epoch'"):
         evaclip.load_checkpoint(model(), path)
-    torch.save({"model": state(), "args": argparse.Namespace(lr=1.0)}, path)
-    with pytest.raises(ValueError, match=r"cannot read .*not a file of tensors alone"):
+    torch.save({"model": state(), "args": fractions.Fraction(1, 2)}, path)
+    with pytest.raises(ValueError, match=r"cannot read .*pickles a fractions.Fraction, and no code of a file is run"):
         evaclip.load_checkpoint(model(), path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/constants.pkl", b"")
+    with pytest.raises(ValueError, match=r"TorchScript archive, as OpenAI's; .*torch.jit.load\(path"):
+        evaclip.load_checkpoint(model(), path)
+
+
+def test_command_line_arguments_beside_the_weights_are_passed_over(tmp_path):
+    torch.save({"model": state(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "w.pt")
+    target = model()
+    evaclip.load_checkpoint(target, tmp_path / "w.pt")
+    assert same(target.state_dict(), state())
 
 
 def test_a_model_without_storage_is_refused(tmp_path):

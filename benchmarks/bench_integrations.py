@@ -1,0 +1,102 @@
+"""A training step of models of other codebases, untouched and replaced by `evakernels.integrations`."""
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness
+
+MODE = "step"  # forward and backward, without the optimizer
+# Of timm's entry points: images on a CPU, where one block is enough; and sizes to try whether it runs.
+TIMM = {
+    "eva02_base_patch16_clip_224": (8, {"img_size": 64, "embed_dim": 128, "num_heads": 2}),
+    "eva02_large_patch14_clip_224": (4, {"img_size": 56, "embed_dim": 128, "num_heads": 2}),
+    "eva02_enormous_patch14_clip_224": (2, {"img_size": 56, "embed_dim": 224, "num_heads": 2, "mlp_ratio": 2}),
+}
+GPU_BLOCKS, GPU_IMAGES = 4, 128
+
+
+def timm_case(name: str, quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
+    """What is timed: in words, the model, its inputs, and the scalar to differentiate."""
+    timm = importlib.import_module("timm")
+    images, tiny = TIMM[name]
+    depth, batch = (GPU_BLOCKS, GPU_IMAGES) if harness.device().type == "cuda" else (1, images)
+    if quick:
+        batch = 2
+    options = {"depth": depth} | (tiny if quick else {})
+    model = timm.create_model(name, patch_drop_rate=0.5, drop_path_rate=0.1, num_classes=16, **options)
+    side = model.patch_embed.img_size[0]
+    words = (
+        f"timm {name}, {depth} of its blocks, width {model.embed_dim}, {batch} images of {side} px, half the patches"
+    )
+    return words, model, (torch.randn(batch, 3, side, side),), lambda out: out.float().square().mean()
+
+
+class WithLoss(nn.Module):
+    """An open_clip model and its loss."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        return self.loss(**self.model(images, texts))
+
+
+def open_clip_case(quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
+    """ViT-B/32's widths, or narrow ones, with the contrastive loss."""
+    open_clip = importlib.import_module("open_clip")
+    layers, batch = (GPU_BLOCKS, 512) if harness.device().type == "cuda" else (1, 16)
+    side, vocabulary, context = (64, 64, 16) if quick else (224, 49408, 77)
+    width, text_width = (64, 64) if quick else (768, 512)
+    vision = {"layers": layers, "width": width, "head_width": 64, "patch_size": 32, "image_size": side}
+    text = {"layers": layers, "width": text_width, "heads": text_width // 64, "vocab_size": vocabulary}
+    text["context_length"] = context
+    model = open_clip.CLIP(text_width, vision, text, output_dict=True)
+    texts = torch.randint(1, vocabulary, (batch, context))
+    words = f"open_clip ViT-B-32, {layers} layers of {width} and of {text_width}, {batch} pairs"
+    return words, WithLoss(model, open_clip.ClipLoss()), (torch.randn(batch, 3, side, side), texts), lambda loss: loss
+
+
+def steps(case: tuple, integration: str, half: bool) -> harness.Providers:
+    """The step, replaced and untouched, eager and compiled."""
+    replace = importlib.import_module(f"evakernels.integrations.{integration}").replace
+    _, model, inputs, scalar = case
+    device = harness.device()
+    untouched = model.to(device).train()
+    replaced = copy.deepcopy(untouched)
+    replace(replaced)
+    inputs = tuple(x.to(device) for x in inputs)
+
+    def step(model: nn.Module, forward: Callable) -> Callable[[], object]:
+        def run() -> object:
+            model.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = scalar(forward(*inputs))
+            return loss.backward()
+
+        return run
+
+    found: harness.Providers = {"evakernels": step(replaced, replaced), "untouched": step(untouched, untouched)}
+    for name, one in (("untouched, torch.compile", untouched), ("evakernels, torch.compile", replaced)):
+        compiled = harness.compiled(copy.deepcopy(one))
+        found[name] = compiled if isinstance(compiled, str) else step(compiled, compiled)  # type: ignore[arg-type]
+    return found
+
+
+def rows(quick: bool) -> Iterator[dict]:
+    """Each codebase's models; on a GPU under autocast in bfloat16."""
+    half = harness.device().type == "cuda"
+    cases = [("timm", lambda name=name: timm_case(name, quick)) for name in TIMM]
+    cases += [("open_clip", lambda: open_clip_case(quick))]
+    for integration, make in cases:
+        if isinstance(absent := harness.peer(integration), str):
+            yield from harness.compare("integrations", integration, "", MODE, {"evakernels": absent})
+            continue
+        torch.manual_seed(0)
+        case = make()
+        dtype = torch.bfloat16 if half else torch.float32
+        yield from harness.compare("integrations", case[0], dtype, MODE, steps(case, integration, half), quick=quick)
