@@ -23,7 +23,7 @@ from evaclip.train import checkpoint
 from evaclip.train.ranks import RankError, join, leave
 from evaclip.train.recipe import Model, Recipe, RecipeError, load_recipe
 from evaclip.train.resolved import resolved
-from evaclip.train.restart import began, mark, restarted
+from evaclip.train.restart import began, mark
 from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
 from evaclip.train.trainer import Trainer
@@ -95,8 +95,8 @@ def train(arguments: list[str]) -> int:
     if show:
         print(resolved(recipe), end="")
         return 0
-    if not run and restarted():
-        run = began(Path(recipe.run.output), join(recipe.compute.device, recipe.compute.timeout)[0])
+    if not run:
+        run = began(Path(recipe.run.output), *join(recipe.compute.device, recipe.compute.timeout))
     resume = run is not None and bool(checkpoint.checkpoints(run))
     trainer = Trainer(recipe, run or Path(recipe.run.output) / recipe.name, resume=resume)
     ranks = trainer.ranks
@@ -125,7 +125,8 @@ def train(arguments: list[str]) -> int:
     if scale:
         print(f"trained {trainer.step} steps, phases: {len(trainer.stages)}")
     elif recipe.data.source == "digits":
-        show_digits(trainer.model, trainer.source.tokenizer, folder)
+        model, tokenizer, _ = load(folder, device=trainer.device)  # whole, and not compiled
+        show_digits(model, tokenizer, folder)
     else:
         print(f"trained {trainer.step} steps. Next: evaclip eval {folder} --data FOLDER")
     return 0

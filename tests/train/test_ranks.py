@@ -141,11 +141,13 @@ sys.exit(main(sys.argv[1:]))
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)),
         *("train", "digits", "--model.vision", "layers", "1", "--model.text", "layers", "1", "--data.batch-size", "16"),
         *("--schedule.steps", "5", "--run.log-every", "1", "--run.tensorboard", "False", "--run.save-every", "2"),
+        *("--compute.parallel", "fsdp"),
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "runs/digits-2 starts" in done.stdout and "runs/digits-2 continues at step 2" in done.stdout
+    assert "in the first 5" in done.stdout and "view tensor" not in done.stderr
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2"]
     assert [row["step"] for row in read_metrics(tmp_path / "runs/digits-2/metrics.jsonl")] == list(range(5))
     assert checkpoint.load_trainer(checkpoint.latest(tmp_path / "runs/digits-2"))["step"] == 5

@@ -1,6 +1,7 @@
 """How a model is spread over the processes of a run."""
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) ->
         "reshard_after_forward": compute.parallel == "fsdp",
         "ignored_params": {model.logit_scale},  # a scalar cannot be sharded: `averaged` sees to its gradient
     }
+    # A block's last product is a view; the warning is about changing such outputs in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks_of(model):
         fully_shard(block, **options)
     fully_shard(model, **options)

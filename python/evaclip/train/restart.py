@@ -4,7 +4,9 @@ import os
 import socket
 from pathlib import Path
 
-from evaclip.train.ranks import Ranks
+import torch
+
+from evaclip.train.ranks import Ranks, restarts
 
 JOB = "job"  # the file of a run's folder that says which job began it
 
@@ -15,19 +17,16 @@ def mark(folder: Path) -> None:
         (folder / JOB).write_text(_job())
 
 
-def began(output: Path, ranks: Ranks) -> Path | None:
+def began(output: Path, ranks: Ranks, device: torch.device) -> Path | None:
     """The folder that this job's processes began before torchrun restarted them; None: they began none.
 
-    All processes must call; the first one looks.
+    All processes must call: those of a server where nothing failed do not know of the restart. The first one looks.
     """
+    if not ranks.worst(restarts(), device):
+        return None
     folders = [file.parent for file in output.glob(f"*/{JOB}") if file.read_text() == _job()] if ranks.first else []
     found = ranks.told(str(max(folders, key=lambda folder: (folder / JOB).stat().st_mtime)) if folders else None)
     return Path(found) if found else None
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this process again, after another failed or others came."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _job() -> str:
