@@ -84,7 +84,7 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
         *("--model.vision", "layers", "1", "--model.text", "layers", "1", "--data.batch-size", "16"),
         *("--run.log-every", "1", "--run.tensorboard", "False", "--compute.threads", "1", "--run.save-every", "1"),
     )
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"
 
     def start(*arguments):
         command = *torchrun, "-m", "evaclip.cli", "train", *arguments
@@ -100,7 +100,7 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
             break
         time.sleep(0.1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+    os.kill(int(children.stdout.split()[2]), signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output  # torchrun names the dead
