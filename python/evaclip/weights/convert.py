@@ -104,7 +104,7 @@ def in_dialect(
     else:
         if resize is not None:
             raise ValueError("resize needs to know the model whose grid is wanted; name one")
-        pieces = dialects.of_part(read_pieces(source), part)
+        pieces = dialects.of_part(read_pieces(source, part), part)
         dialect, left_out = pieces.dialect, [*pieces.rotary, *pieces.unused]
         if pieces.unknown:
             raise ValueError(f"{source} ({dialect}) holds keys that are not known: {quoted(list(pieces.unknown))}")

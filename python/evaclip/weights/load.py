@@ -106,7 +106,7 @@ def fitted(
     """The weights at a path for a model, which may be on the meta device; arguments and errors as `load_checkpoint`."""
     _check_options(part, resize)
     path = locate(path)
-    pieces = read_pieces(path)
+    pieces = read_pieces(path, part)
     _check_towers(path, pieces, part)
     pieces = dialects.of_part(pieces, part)
     wanted = {k: tuple(x.shape) for k, x in model.state_dict().items() if part is None or k.startswith(part + ".")}
@@ -155,15 +155,15 @@ def fitted(
     return Fit({key: tensors[key] for key in wanted if key in tensors}, report)
 
 
-def read_pieces(path: Path) -> Pieces:
-    """What lies at a local path, by piece; its dialect is found out from the keys.
+def read_pieces(path: Path, part: Part | None = None) -> Pieces:
+    """What lies at a local path, by piece, as of `dialects.read`.
 
     Raises:
         ValueError: the file cannot be read, or is of no known dialect.
     """
     tensors = open_weights(path)
     try:
-        return dialects.read(tensors)
+        return dialects.read(tensors, part)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
