@@ -40,9 +40,31 @@ def test_an_index_of_several_files_is_one_checkpoint(suffix, tmp_path):
     (tmp_path / f"part-1{suffix}").unlink()
     with pytest.raises(FileNotFoundError, match=f"names files that are not beside it: 'part-1{suffix}'"):
         open_weights(index)
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="is no index of weights"):
-        open_weights(index)
+    for content in ("[]", '{"weight_map": {"key": 3}}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="is no index of weights"):
+            open_weights(index)
+
+
+@pytest.mark.parametrize("name", ["../part.safetensors", "/tmp/part.safetensors", "model.safetensors.index.json"])
+def test_an_index_names_files_of_weights_beside_it_alone(name, tmp_path, on_the_hub):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file({"key": torch.ones(2)}, tmp_path / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"key": name}}))
+    with pytest.raises(ValueError, match=rf"names '{name}'; an index names files beside it, \*.safetensors, "):
+        open_weights(folder)
+    (folder / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.json")
+    hub = on_the_hub("model.safetensors.index.json")
+    with pytest.raises(FileNotFoundError, match=f"names '{name}'"):
+        evaclip.create_model(NAME, checkpoint="owner/name")
+    assert hub.asked == ["model.safetensors.index.json"]
+
+
+def test_names_that_are_no_words_are_named(tmp_path):
+    torch.save({0: torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"holds entries that are no tensors by name: 0;"):
+        open_weights(tmp_path / "w.pt")
 
 
 def test_a_folder_must_tell_which_file_is_meant(tmp_path):
@@ -62,8 +84,17 @@ def test_a_sharded_checkpoint_is_read_by_the_models_part(tmp_path):
     moments = {"optimizer": {"state": {"visual.norm.weight": {"exp_avg": torch.zeros(64)}}}}
     dcp.save({"model": weights} | moments, checkpoint_id=tmp_path / "shards", no_dist=True)
     assert same(read(tmp_path), weights) and same(read(tmp_path / "shards"), weights)
-    next((tmp_path / "shards").glob("*.distcp")).unlink()
-    with pytest.raises(ValueError, match=r"lacks files that its .metadata names: '__0_0.distcp'"):
+    shard = next((tmp_path / "shards").glob("*.distcp"))
+    content = shard.read_bytes()
+    shard.write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match=r"cannot read .* of .*shards: a file of it is damaged"):
+        read(tmp_path)
+    for cut in (content[:-1], b""):
+        shard.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: '__0_0.distcp'"):
+            open_weights(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: '__0_0.distcp'"):
         open_weights(tmp_path)
 
 

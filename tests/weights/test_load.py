@@ -181,7 +181,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds list, not a dictionary of tensors by name"):
         evaclip.load_checkpoint(model(), path)
     torch.save({"weights": state(), "epoch": 3}, path)
-    with pytest.raises(ValueError, match="entries that are no tensors: 'weights', 'epoch'"):
+    with pytest.raises(ValueError, match="entries that are no tensors by name: 'weights', 'epoch'"):
         evaclip.load_checkpoint(model(), path)
     torch.save({"model": state(), "args": fractions.Fraction(1, 2)}, path)
     with pytest.raises(ValueError, match=r"cannot read .*pickles a fractions.Fraction, and no code of a file is run"):

@@ -1,6 +1,5 @@
 """Opening weights: any file or folder that holds some, as a dictionary of tensors that are not read yet."""
 
-import json
 import re
 import warnings
 import zipfile
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from evaclip.data.common import Recent
 from evaclip.weights import hub, zero
+from evaclip.weights.index import SUFFIXES, read_index
 from evaclip.weights.lazy import Lazy
 
 WRAPPERS = ("state_dict", "model", "module")  # keys that training scripts put the weights under
 ReadFile = Callable[[Path], dict[str, Tensor]]
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 SHOWN = 5  # names quoted of a longer list
 # In a folder, the first of these that is there.
 NAMES = (
@@ -129,12 +128,9 @@ def _open_folder(folder: Path) -> dict[str, Lazy]:
 
 
 def _open_index(path: Path) -> dict[str, Lazy]:
-    """The tensors of all files that a .index.json names (`weight_map`: key -> file beside it)."""
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: path.parent / name for name in sorted(set(places.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of weights, {{'weight_map': {{key: file}}}}: {error!r}") from error
+    """The tensors of all files that an index names."""
+    places = read_index(path)
+    files = {name: path.parent / name for name in sorted(set(places.values()))}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{path} names files that are not beside it: {quoted(missing)}")
@@ -200,10 +196,10 @@ def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         content, wrapper = wrapper, _wrapper(wrapper)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds {type(content).__name__}, not a dictionary of tensors by name")
-    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    strangers = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strangers:
         raise ValueError(
-            f"{path} holds entries that are no tensors: {quoted(strangers)}; weights may lie under one of"
+            f"{path} holds entries that are no tensors by name: {quoted(strangers)}; weights may lie under one of"
             f" {', '.join(WRAPPERS)}"
         )
     return without_module(content)
@@ -231,9 +227,14 @@ def _open_distributed(folder: Path) -> dict[str, Lazy]:
     except Exception as error:  # a damaged pickle
         raise ValueError(f"cannot read {folder / '.metadata'}: {error}") from error
     stored = {k: m for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
-    missing = {info.relative_path for info in metadata.storage_data.values()} - {p.name for p in folder.iterdir()}
-    if missing:
-        raise ValueError(f"{folder} lacks files that its .metadata names: {quoted(sorted(missing))}")
+    held = {path.name: path.stat().st_size for path in folder.iterdir()}
+    places = metadata.storage_data.values()
+    broken = {place.relative_path for place in places if place.offset + place.length > held.get(place.relative_path, 0)}
+    if broken:
+        raise ValueError(
+            f"{folder} lacks files that its .metadata names, or ends of them: {quoted(sorted(broken))}; was it copied "
+            "whole?"
+        )
 
     class Reader(dcp.FileSystemReader):
         """Has the list of all shards at hand, which would else be read for each tensor."""
@@ -245,7 +246,10 @@ def _open_distributed(folder: Path) -> dict[str, Lazy]:
         tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant: one process reads
-            dcp.load({name: tensor}, storage_reader=Reader(folder), no_dist=True)
+            try:
+                dcp.load({name: tensor}, storage_reader=Reader(folder), no_dist=True)
+            except dcp.CheckpointException as error:  # no Exception
+                raise ValueError(f"cannot read {name} of {folder}: a file of it is damaged") from error
         return tensor
 
     prefix = "model." if any(name.startswith("model.") for name in stored) else ""
