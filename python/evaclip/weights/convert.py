@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,7 +75,9 @@ def convert(
     Raises:
         FileNotFoundError: no such source.
         FileExistsError: the destination is there already.
-        ValueError: a source that does not fit, or that has tensors for which there is no place in the dialect.
+        ValueError: a source that does not fit, that has tensors for which there is no place in the dialect, or values
+            that `dtype` cannot hold.
+        OSError: the destination could not be written.
     """
     destination = Path(destination)
     _check_destination(destination, shard_size)
@@ -165,8 +169,19 @@ def index_of(path: Path) -> Path:
 
 
 def in_dtype(key: str, tensor: Lazy, dtype: torch.dtype) -> Lazy:
-    """A weight in another dtype."""
-    return tensor.to(dtype) if tensor.dtype.is_floating_point and key != "logit_scale" else tensor
+    """A weight in another dtype; reading it raises ValueError where that cannot hold a value."""
+    if not tensor.dtype.is_floating_point or key == "logit_scale" or tensor.dtype == dtype:
+        return tensor
+
+    def read() -> Tensor:
+        values = tensor.read()
+        rounded = values.to(dtype)
+        if not torch.equal(rounded.isfinite(), values.isfinite()):
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{key} has values that {name} cannot hold; take bfloat16, or leave them as they are")
+        return rounded
+
+    return Lazy(tensor.shape, dtype, read)
 
 
 def owned(tensor: Lazy) -> Tensor:
@@ -192,14 +207,18 @@ def _check_free(paths: list[Path]) -> None:
 
 @contextmanager
 def _complete(paths: list[Path]) -> Iterator[list[Path]]:
-    """Names to write files under, which get their own when all are complete, and are removed where one fails."""
+    """Names to write files under, in a folder beside; they get their own when all are complete, else they go."""
     _check_free(paths)
-    partials = [path.with_name(path.name + ".partial") for path in paths]
-    try:
-        yield partials
+    with tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=paths[0].name + ".") as folder:
+        partials = [Path(folder) / path.name for path in paths]
+        try:
+            yield partials
+            for partial in partials:
+                flush(partial)
+        except (RuntimeError, SafetensorError) as error:  # of torch.save and safetensors
+            raise OSError(
+                f"{paths[-1]} could not be written, and nothing of it is left; is the disk full? ({error})"
+            ) from error
+        _check_free(paths)  # still: writing takes its time
         for path, partial in zip(paths, partials, strict=True):
-            flush(partial)
             os.replace(partial, path)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
