@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,9 @@ from evaclip.weights.files import locate, quoted, run_folder
 from evaclip.weights.lazy import Lazy
 from evaclip.weights.load import Part, fitted, read_pieces
 from evaclip.weights.resize import Resize
+
+if TYPE_CHECKING:
+    from evaclip.train.recipe import Recipe
 
 Dialect = Literal["native", "timm", "open_clip", "hf"]
 GB = 10**9
@@ -82,8 +85,8 @@ def convert(
     destination = Path(destination)
     _check_destination(destination, shard_size)
     source = locate(source)
-    if model is None:
-        model = model_of_run(source)
+    if model is None and (recipe := recipe_of_run(source)):
+        model = model_of(recipe)
     tensors, dialect, left_out = in_dialect(source, to, model=model, part=part, resize=resize)
     if dtype is not None:
         tensors = {key: in_dtype(key, tensor, dtype) for key, tensor in tensors.items()}
@@ -123,15 +126,18 @@ def in_dialect(
     return tensors, dialect, tuple(left_out)
 
 
-def model_of_run(source: Path) -> CLIP | None:
-    """The model, on the meta device, of a run of `evaclip train`, one of its checkpoints, or a file of one."""
-    folder = run_folder(source)
-    if folder is None:
-        return None
+def recipe_of_run(source: Path) -> "Recipe | None":
+    """The recipe of a run of `evaclip train`, one of its checkpoints, or a file of one."""
     from evaclip.train.recipe import load_recipe  # it stands on this package
 
-    recipe = load_recipe(str(folder / "recipe.json")).model
-    return create_model(recipe.name, device="meta", vision=recipe.vision, text=recipe.text)
+    folder = run_folder(source)
+    return load_recipe(str(folder / "recipe.json")) if folder else None
+
+
+def model_of(recipe: "Recipe") -> CLIP:
+    """The model of a recipe, on the meta device."""
+    model = recipe.model
+    return create_model(model.name, device="meta", vision=model.vision, text=model.text)
 
 
 def write_safetensors(tensors: dict[str, Lazy], path: Path, shard_size: float = SHARD_SIZE) -> list[Path]:
