@@ -2,6 +2,8 @@
 
 import enum
 import json
+import os
+import pickle
 import sys
 import types
 
@@ -91,11 +93,40 @@ def test_a_sharded_checkpoint_is_read_by_the_models_part(tmp_path):
         read(tmp_path)
     for cut in (content[:-1], b""):
         shard.write_bytes(cut)
-        with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: '__0_0.distcp'"):
+        with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: __0_0.distcp; was"):
             open_weights(tmp_path)
     shard.unlink()
-    with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: '__0_0.distcp'"):
+    with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: __0_0.distcp; was"):
         open_weights(tmp_path)
+
+
+class Runs:
+    """Calls a function, by a name of its own or by one that a harmless module leads to, when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("by", ["its own name", "another's"])
+def test_a_sharded_checkpoint_runs_no_code(by, tmp_path):
+    dcp.save(weights_of(), checkpoint_id=tmp_path, no_dist=True)
+    attack = pickle.dumps(Runs(os.mkdir, str(tmp_path / "made")), protocol=4)
+    if by == "another's":  # which that module imports
+        own, others = (
+            b"\x8c\x05posix\x94\x8c\x05mkdir",
+            b"\x8c'torch.distributed.checkpoint.filesystem\x94\x8c\x08os.mkdir",
+        )
+        assert own in attack
+        attack = b"\x80\x04" + attack[11:].replace(own, others)  # without the frame, whose length it was
+    (tmp_path / ".metadata").write_bytes(attack)
+    with pytest.raises(
+        ValueError, match=r"cannot read .*\.metadata: it pickles a .*mkdir, and no code of a file is run"
+    ):
+        open_weights(tmp_path)
+    assert not (tmp_path / "made").exists()
 
 
 # DeepSpeed's own classes, pickled beside the tensors; nothing of them is there when the files are read.

@@ -1,7 +1,6 @@
 """Opening weights: any file or folder that holds some, as a dictionary of tensors that are not read yet."""
 
 import re
-import warnings
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from evaclip.data.common import Recent
 from evaclip.weights import hub, zero
+from evaclip.weights.distributed import METADATA, open_distributed
 from evaclip.weights.index import SUFFIXES, read_index
 from evaclip.weights.lazy import Lazy
 
@@ -109,10 +109,10 @@ def _open_folder(folder: Path) -> dict[str, Lazy]:
         from evaclip.train.checkpoint import latest  # it stands on this package
 
         return _open_folder(latest(folder))
-    if (folder / "shards" / ".metadata").is_file():
+    if (folder / "shards" / METADATA).is_file():
         folder = folder / "shards"
-    if (folder / ".metadata").is_file():
-        return _open_distributed(folder)
+    if (folder / METADATA).is_file():
+        return without_module(open_distributed(folder))
     if (shards := zero.folder_of(folder)) is not None:
         return without_module(zero.open_zero(shards, load_plain))
     for name in NAMES:
@@ -215,47 +215,3 @@ def without_module(by_key: dict) -> dict:
 def _wrapper(content: Any) -> dict | None:
     inner = (content.get(key) for key in WRAPPERS) if isinstance(content, dict) else ()
     return next((value for value in inner if isinstance(value, dict)), None)
-
-
-def _open_distributed(folder: Path) -> dict[str, Lazy]:
-    """The tensors of `torch.distributed.checkpoint`, from however many processes; the model's where named so."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    try:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-    except Exception as error:  # a damaged pickle
-        raise ValueError(f"cannot read {folder / '.metadata'}: {error}") from error
-    stored = {k: m for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
-    held = {path.name: path.stat().st_size for path in folder.iterdir()}
-    places = metadata.storage_data.values()
-    broken = {place.relative_path for place in places if place.offset + place.length > held.get(place.relative_path, 0)}
-    if broken:
-        raise ValueError(
-            f"{folder} lacks files that its .metadata names, or ends of them: {quoted(sorted(broken))}; was it copied "
-            "whole?"
-        )
-
-    class Reader(dcp.FileSystemReader):
-        """Has the list of all shards at hand, which would else be read for each tensor."""
-
-        def read_metadata(self, *arguments, **named):
-            return metadata
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant: one process reads
-            try:
-                dcp.load({name: tensor}, storage_reader=Reader(folder), no_dist=True)
-            except dcp.CheckpointException as error:  # no Exception
-                raise ValueError(f"cannot read {name} of {folder}: a file of it is damaged") from error
-        return tensor
-
-    prefix = "model." if any(name.startswith("model.") for name in stored) else ""
-    tensors = {
-        name.removeprefix(prefix): Lazy(tuple(m.size), m.properties.dtype, partial(read, name))
-        for name, m in stored.items()
-        if name.startswith(prefix)
-    }
-    return without_module(tensors)
