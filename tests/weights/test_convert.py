@@ -70,6 +70,7 @@ def pieces():
 
 def test_dtypes_change_but_that_of_the_scale(source, tmp_path):
     evaclip.convert(source, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert (tmp_path / "half.safetensors").stat().st_mode == source.stat().st_mode  # anyone's who may read the source
     half = load_file(tmp_path / "half.safetensors")
     assert half.pop("logit_scale").dtype == torch.float32
     assert all(torch.equal(value, weights_of()[key].half()) for key, value in half.items())

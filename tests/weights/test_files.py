@@ -225,6 +225,18 @@ def test_shards_of_another_length_are_refused(stage, deepspeed, monkeypatch, tmp
         open_weights(tmp_path / "z")
 
 
+def test_shards_of_other_groups_are_refused(deepspeed, monkeypatch, tmp_path):
+    write_zero(tmp_path / "z", weights_of(), [], 2, 1, "", deepspeed)
+    monkeypatch.undo()
+    path = tmp_path / "z" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {"single_partition_of_fp32_groups": [torch.zeros(5)]}}, path)
+    with pytest.raises(ValueError, match=r"the model has 2 groups of parameters, the shards \[2, 1\]"):
+        open_weights(tmp_path / "z")
+    torch.save([1], tmp_path / "z" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt is no file of DeepSpeed's"):
+        open_weights(tmp_path / "z")
+
+
 def test_another_kind_of_optimizer_state_says_what_to_do(deepspeed, monkeypatch, tmp_path):
     torch.save({"module": {}} | deepspeed, tmp_path / "mp_rank_00_model_states.pt")
     torch.save({"optimizer_state_dict": {}}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")

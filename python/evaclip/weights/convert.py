@@ -217,9 +217,12 @@ def _complete(paths: list[Path]) -> Iterator[list[Path]]:
     _check_free(paths)
     with tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=paths[0].name + ".") as folder:
         partials = [Path(folder) / path.name for path in paths]
+        partials[0].touch()
+        mode = partials[0].stat().st_mode  # as of any new file; safetensors lets nobody else read its own
         try:
             yield partials
             for partial in partials:
+                partial.chmod(mode)
                 flush(partial)
         except (RuntimeError, SafetensorError) as error:  # of torch.save and safetensors
             raise OSError(
