@@ -173,6 +173,19 @@ def test_what_others_wrote_meanwhile_or_under_a_like_name_stays(source, tmp_path
     assert (tmp_path / "late.safetensors").read_text() == "another's"
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"to": "openclip"}, "to is 'openclip'; allowed: 'native', 'timm', 'open_clip' or 'hf'"),
+        ({"part": "image"}, "part is 'image'; allowed: 'visual', 'text' or None"),
+        ({"dtype": torch.int8}, "dtype is torch.int8; give one of floating point"),
+    ],
+)
+def test_options_that_are_none_are_refused(options, words, source, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        evaclip.convert(source, tmp_path / "out.pt", **options)
+
+
 def test_a_value_beyond_the_dtype_is_refused(tmp_path):
     weights = weights_of()
     weights["visual.head.bias"][3] = -7e4

@@ -160,6 +160,15 @@ def test_what_is_skipped_keeps_its_values(tmp_path):
     assert torch.equal(target.visual.norm.weight, weights["visual.norm.weight"])
 
 
+@pytest.mark.parametrize("skip", ["visual.head", ("visual.heads",)])
+def test_what_is_skipped_must_be_the_models(skip, tmp_path):
+    torch.save(state(), tmp_path / "w.pt")
+    target = model()
+    with pytest.raises(ValueError, match=r"skip names .*, which the model does not have; give a sequence of its keys"):
+        evaclip.load_checkpoint(target, tmp_path / "w.pt", skip=skip)
+    assert same(target.state_dict(), model().state_dict())
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_truncated_file_is_named(tmp_path, suffix, share):

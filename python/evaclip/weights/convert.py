@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from evaclip.models.clip import CLIP
 from evaclip.weights import dialects
 from evaclip.weights.files import locate, quoted, run_folder
 from evaclip.weights.lazy import Lazy
-from evaclip.weights.load import Part, fitted, read_pieces
+from evaclip.weights.load import Part, check_option, fitted, read_pieces
 from evaclip.weights.resize import Resize
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def in_dialect(
     source: Path, to: Dialect, *, model: CLIP | None, part: Part | None = None, resize: Resize | None = None
 ) -> tuple[dict[str, Lazy], str, tuple[str, ...]]:
     """The tensors at a local path in a dialect, not read yet; the dialect of the source; what of it is left out."""
+    check_option("to", to, *get_args(Dialect))
+    check_option("part", part, *get_args(Part), None)
     if model is not None:
         fit = fitted(source, model, part=part, resize=resize)
         pieces, report = dialects.read(fit.tensors), fit.report
@@ -176,6 +178,8 @@ def index_of(path: Path) -> Path:
 
 def in_dtype(key: str, tensor: Lazy, dtype: torch.dtype) -> Lazy:
     """A weight in another dtype; reading it raises ValueError where that cannot hold a value."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; give one of floating point")
     if not tensor.dtype.is_floating_point or key == "logit_scale" or tensor.dtype == dtype:
         return tensor
 

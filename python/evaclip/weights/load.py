@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -104,7 +104,11 @@ def fitted(
     skip: Sequence[str] = (),
 ) -> Fit:
     """The weights at a path for a model, which may be on the meta device; arguments and errors as `load_checkpoint`."""
-    _check_options(part, resize)
+    check_option("part", part, *get_args(Part), None)
+    check_option("resize", resize, *get_args(Resize), None)
+    strangers = [name for name in skip if not any(_begins(key, (name,)) for key in model.state_dict())]
+    if strangers:
+        raise ValueError(f"skip names {_some(strangers)}, which the model does not have; give a sequence of its keys")
     path = locate(path)
     pieces = read_pieces(path, part)
     _check_towers(path, pieces, part)
@@ -168,10 +172,11 @@ def read_pieces(path: Path, part: Part | None = None) -> Pieces:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_options(part: str | None, resize: str | None) -> None:
-    for name, value, allowed in (("part", part, ("visual", "text")), ("resize", resize, ("eva", "timm"))):
-        if value is not None and value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))} or None")
+def check_option(name: str, value: str | None, *allowed: str | None) -> None:
+    """Refuse a value that is none of those allowed."""
+    if value not in allowed:
+        *most, last = map(repr, allowed)
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(most)} or {last}")
 
 
 def _check_towers(path: Path, pieces: Pieces, part: Part | None) -> None:
