@@ -43,7 +43,7 @@ class Converted:
     left_out: tuple[str, ...]  # of the source: what is not written
 
     def __str__(self) -> str:
-        left_out = f"; left out: {quoted(list(self.left_out))}" if self.left_out else ""
+        left_out = f"; left out: {quoted(self.left_out)}" if self.left_out else ""
         return f"{self.source} to {self.to}: {self.tensors} tensors, {self.parameters:,} parameters{left_out}"
 
 

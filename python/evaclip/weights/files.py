@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,14 @@ def run_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path.parent) if (folder / "recipe.json").is_file()), None)
 
 
-def quoted(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first of several names."""
-    dots = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + dots
+    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
+
+
+def quoted(names: Sequence[str]) -> str:
+    """The first of several names, in quotes."""
+    return some([repr(name) for name in names])
 
 
 def _open_folder(folder: Path) -> dict[str, Lazy]:

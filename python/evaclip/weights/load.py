@@ -10,7 +10,7 @@ import torch
 from evaclip.models.clip import CLIP
 from evaclip.weights import dialects
 from evaclip.weights.dialects import Pieces
-from evaclip.weights.files import SHOWN, locate, open_weights
+from evaclip.weights.files import locate, open_weights, some
 from evaclip.weights.lazy import Lazy, full
 from evaclip.weights.resize import Resize, resized_to
 
@@ -41,7 +41,7 @@ class LoadReport:
             "initialised": self.initialised,
             "interpolated": self.resized,
         }
-        words = "".join(f"; {what}: {_some(names)}" for what, names in lists.items() if names)
+        words = "".join(f"; {what}: {some(names)}" for what, names in lists.items() if names)
         return (
             f"{self.path}: {self.dialect}, {self.tensors} tensors of {', '.join(self.dtypes)}, {self.parameters:,}"
             f" parameters{ignored}{words}"
@@ -108,7 +108,7 @@ def fitted(
     check_option("resize", resize, *get_args(Resize), None)
     strangers = [name for name in skip if not any(_begins(key, (name,)) for key in model.state_dict())]
     if strangers:
-        raise ValueError(f"skip names {_some(strangers)}, which the model does not have; give a sequence of its keys")
+        raise ValueError(f"skip names {some(strangers)}, which the model does not have; give a sequence of its keys")
     path = locate(path)
     pieces = read_pieces(path, part)
     _check_towers(path, pieces, part)
@@ -118,7 +118,7 @@ def fitted(
         skip = (*skip, *HEAD)
     kept = [key for key in wanted if _begins(key, skip)]
     aside = [piece for piece in pieces.tensors if _begins(piece, skip)]
-    initialised = _defaults(pieces, wanted)
+    initialised = {key: x for key, x in _defaults(pieces, wanted).items() if key not in kept}
     tensors, used, resized, misfits = dict(initialised), set(aside), [], []
     for key, shape in wanted.items():
         if key in kept or key in initialised:
@@ -198,7 +198,3 @@ def _defaults(pieces: Pieces, wanted: dict[str, tuple[int, ...]]) -> dict[str, L
     if pieces.dialect not in ("mim", "timm") or any(".inner_attn_ln." in piece for piece in pieces.tensors):
         return {}
     return {k: full(s, float(k.endswith(".weight"))) for k, s in wanted.items() if ".inner_attn_ln." in k}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
