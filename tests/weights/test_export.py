@@ -62,8 +62,23 @@ def test_what_a_recipe_leaves_out_is_its_default(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     evaclip.export(tmp_path / "model.safetensors", tmp_path / "out")
     assert load_recipe(str(tmp_path / "out" / "recipe.json")) == load_recipe(str(tmp_path / "recipe.json"))
+    assert exported(tmp_path / "out") == (model.config, "words:a b")
+
+
+def test_a_configuration_that_export_did_not_write_is_named(tmp_path):
+    model = small("EVA-CLIP-8B", vocabulary=49408)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    evaclip.export(tmp_path / "w.pt", tmp_path / "out", model=model)
+    content = (tmp_path / "out" / "config.json").read_text()
+    for old, new, words in (
+        ("{", '{"later": 1,', "later is no field"),
+        ('"image_size": 28', '"image_size": "x"', "vision.image_size is 'x'"),
+    ):
+        (tmp_path / "config.json").write_text(content.replace(old, new, 1))
+        with pytest.raises(ValueError, match=f"config.json: {words}"):
+            exported(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    assert exported(tmp_path) is None and exported(tmp_path / "out") == (model.config, "words:a b")
+    assert exported(tmp_path) is None
 
 
 def test_a_vocabulary_that_is_not_clips_needs_the_run(tmp_path):

@@ -12,7 +12,7 @@ from evaclip.data.preprocess import MEAN, STD
 from evaclip.data.tokenizer import ClipTokenizer
 from evaclip.models import create_model
 from evaclip.models.clip import CLIP
-from evaclip.models.config import CONFIGS, ClipConfig, TextConfig, VisionConfig
+from evaclip.models.config import CONFIGS, ClipConfig, VisionConfig
 from evaclip.weights.convert import SHARD_SIZE, in_dialect, in_dtype, model_of, recipe_of_run, write_safetensors
 from evaclip.weights.dialects import Pieces
 from evaclip.weights.files import locate
@@ -107,12 +107,12 @@ def exported(folder: Path) -> tuple[ClipConfig, str] | None:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if values.pop("model_type") != "evaclip":
             return None
+        tokenizer = values.pop("tokenizer")
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    tokenizer, vision, text = values.pop("tokenizer"), values.pop("vision"), values.pop("text")
-    if isinstance(vision["image_size"], list):
-        vision["image_size"] = tuple(vision["image_size"])
-    return ClipConfig(**values, vision=VisionConfig(**vision), text=TextConfig(**text)), tokenizer
+    from evaclip.train.recipe import from_dict  # it stands on this package
+
+    return from_dict(ClipConfig, values, str(folder / CONFIG)), tokenizer
 
 
 def identified(source: Path, pieces: Pieces) -> str:
