@@ -23,8 +23,8 @@ import evakernels as ek
 from benchmarks import harness, roofline
 from evaclip import flops
 from evaclip.models import configure
-from evaclip.train.optim import build_optimizer
-from evaclip.train.parallel import averaged, clip_grad_norm, spread
+from evaclip.train.optim import build_optimizer, take_step
+from evaclip.train.parallel import averaged, grad_norm, spread
 from evaclip.train.ranks import Ranks, join, leave
 from evaclip.train.recipe import Compute, Data, Model, Optimizer, Recipe, build_model
 from evaclip.train.step import forward_backward
@@ -79,23 +79,25 @@ def batch_of(case: Case, ranks: Ranks) -> tuple[Tensor, Tensor]:
     return images, ids
 
 
-def recipe(case: Case, parallel: str) -> Recipe:
+def recipe(case: Case, parallel: str, compiled: bool) -> Recipe:
     precision = "amp_bf16" if harness.device().type == "cuda" else "fp32"
     return Recipe(
         model=Model(name=case.model, **case.shrunk()),
         data=Data(batch_size=case.batch, patch_drop=case.drop),
         optimizer=Optimizer(clip_grad_norm=CLIP_GRAD_NORM),
-        compute=Compute(precision=precision, parallel=parallel),  # type: ignore[arg-type]
+        compute=Compute(precision=precision, parallel=parallel, compile=compiled),  # type: ignore[arg-type]
     )
 
 
-def evaclips(case: Case, ranks: Ranks, parallel: str = "ddp") -> Callable[[], object]:
+def evaclips(case: Case, ranks: Ranks, parallel: str = "ddp", compiled: bool = False) -> Callable[[], object] | str:
     """A step as `evaclip train` takes it; the model is built at the first call."""
+    if compiled and isinstance(why := harness.compiled(nn.Identity()), str):
+        return why
 
     @functools.cache
     def ready() -> tuple:
         torch.manual_seed(0)
-        given = recipe(case, parallel)
+        given = recipe(case, parallel, compiled)
         model = build_model(given, harness.device())
         module = spread(model, given.compute, ranks, harness.device())
         optimizer = build_optimizer(model, given.optimizer)
@@ -112,8 +114,8 @@ def evaclips(case: Case, ranks: Ranks, parallel: str = "ddp") -> Callable[[], ob
             kept = ek.sample_kept_tokens(len(images), vision.patches, keep, seed=0, offset=first, device=where)
         metrics = forward_backward(module, images, ids, kept, given, ranks)
         averaged(model, given.compute, ranks)
-        clip_grad_norm([p for p in model.parameters() if p.grad is not None], CLIP_GRAD_NORM)
-        optimizer.step()
+        norm = float(grad_norm(list(model.parameters())))
+        take_step(optimizer, max(1.0, norm / CLIP_GRAD_NORM))
         optimizer.zero_grad(set_to_none=True)
         return metrics["loss"]
 
@@ -171,6 +173,7 @@ def providers(case: Case, ranks: Ranks) -> harness.Providers:
         return found | {"open_clip, DDP": open_clips(case, ranks)}
     return {
         "evaclip": evaclips(case, ranks),
+        "evaclip, torch.compile": evaclips(case, ranks, compiled=True),
         "open_clip": open_clips(case, ranks),
         "open_clip, torch.compile": open_clips(case, ranks, compiled=True),
     }

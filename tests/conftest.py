@@ -23,6 +23,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # the tensors here are small, and tests may run side by side
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--eva-code",
+        metavar="PATH",
+        help="a checkout of github.com/baaivision/EVA: test the integration of its eva_clip against that code itself",
+    )
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch.cuda.is_available() is False")

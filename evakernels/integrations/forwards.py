@@ -1,11 +1,14 @@
 """Forwards, and parts of them, that several codebases' modules have in common."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from evakernels.integrations.patch import Plan
 from evakernels.ops import checks
 from evakernels.ops.attention import HEAD_DIMS
-from evakernels.ops.norm import add_norm, layer_norm, norm_add
+from evakernels.ops.norm import add_norm, layer_norm, norm_add, rms_norm
 
 # What a plan tells of a module.
 GELU = "two matrix products and a GELU: there is nothing to fuse"
@@ -47,16 +50,69 @@ def same_dtype_norm_forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+def t5_norm_forward(self, hidden_states: Tensor) -> Tensor:
+    """T5's RMSNorm (shinji's, EVA-CLIP's remote code): its output has the dtype of weights in half precision, else
+    that of weight times input. It is rounded once, at the end; theirs before the weight as well."""
+    dtype = self.weight.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        dtype = torch.promote_types(dtype, hidden_states.dtype)
+        hidden_states = hidden_states.to(dtype)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon).to(dtype)
+
+
+def inner_t5_norm_forward(self, hidden_states: Tensor) -> Tensor:
+    """T5's RMSNorm whose output matrix products alone read: under autocast it has their dtype at once."""
+    if not checks.autocast_enabled(hidden_states.device.type):
+        return t5_norm_forward(self, hidden_states)
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def apex_rms_norm_forward(self, input: Tensor) -> Tensor:
+    """apex's FusedRMSNorm, whose output has autocast's dtype."""
+    return rms_norm(input, self.weight, self.eps)
+
+
+def decide_norm(plan: Plan, name: str, norm: nn.Module, feeding: bool) -> None:
+    """Plan what to do with a LayerNorm or RMSNorm of PyTorch, EVA-CLIP, apex or T5, told by the name of its class;
+    with any other module do nothing. `feeding`: matrix products alone read its output."""
+    kind = type(norm).__name__
+    if kind in ("RMSnorm", "RMSNorm") and hasattr(norm, "variance_epsilon"):
+        plan.replace(name, norm, "rms_norm", forward=inner_t5_norm_forward if feeding else t5_norm_forward)
+    elif type(norm) is nn.LayerNorm or kind in ("FusedLayerNorm", "FusedRMSNorm", "LayerNorm", "LayerNormFp32"):
+        if why := norm_reason(norm, type(norm)):
+            plan.leave(name, why)
+        elif kind == "FusedRMSNorm":
+            plan.replace(name, norm, "rms_norm", forward=apex_rms_norm_forward)
+        elif feeding or kind == "FusedLayerNorm":  # apex's gives autocast's dtype wherever it stands
+            plan.replace(name, norm, "layer_norm", forward=inner_norm_forward)
+        else:
+            keeps = type(norm) is not nn.LayerNorm
+            plan.replace(name, norm, "layer_norm", forward=same_dtype_norm_forward if keeps else norm_forward)
+    elif isinstance(norm, nn.LayerNorm | nn.RMSNorm) and (why := norm_reason(norm)):
+        plan.leave(name, why)
+
+
 def pre_norm_step(x: Tensor, branch: Tensor, norm: nn.Module, scale: Tensor | None, drop: Tensor | None):
     """x + drop * scale * branch, and its norm."""
     x = _promoted(x, branch, scale)
-    return add_norm(x, branch, norm.weight, norm.bias, eps=norm.eps, layer_scale=scale, row_scale=drop)  # type: ignore
+    return add_norm(x, branch, **_affine(norm), layer_scale=scale, row_scale=drop)
 
 
-def post_norm_step(x: Tensor, branch: Tensor, norm: nn.Module, drop: Tensor | None) -> Tensor:
-    """x + drop * norm(branch)."""
-    x = _promoted(x, branch)
-    return norm_add(x, branch, norm.weight, norm.bias, eps=norm.eps, row_scale=drop)  # type: ignore
+def post_norm_step(
+    x: Tensor, branch: Tensor, norm: nn.Module, drop: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """x + drop * scale * norm(branch)."""
+    affine = _affine(norm)
+    x = _promoted(x, branch, scale, affine["weight"] if affine["rms"] else None)
+    return norm_add(x, branch, **affine, layer_scale=scale, row_scale=drop)
+
+
+def _affine(norm: Any) -> dict[str, Any]:
+    """Weights and eps of a LayerNorm, or of an RMSNorm: it has no bias, not even None."""
+    rms = not hasattr(norm, "bias")
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return {"weight": norm.weight, "bias": None if rms else norm.bias, "eps": eps, "rms": rms}
 
 
 def _promoted(x: Tensor, *others: Tensor | None) -> Tensor:

@@ -20,9 +20,10 @@ from evaclip.plot import draw
 from evaclip.recipes import recipe_files
 from evaclip.run import load
 from evaclip.train import checkpoint
-from evaclip.train.ranks import RankError, leave
+from evaclip.train.ranks import RankError, join, leave
 from evaclip.train.recipe import Model, Recipe, RecipeError, load_recipe
 from evaclip.train.resolved import resolved
+from evaclip.train.restart import began, mark
 from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
 from evaclip.train.trainer import Trainer
@@ -94,12 +95,16 @@ def train(arguments: list[str]) -> int:
     if show:
         print(resolved(recipe), end="")
         return 0
+    if not run:
+        run = began(Path(recipe.run.output), *join(recipe.compute.device, recipe.compute.timeout))
     resume = run is not None and bool(checkpoint.checkpoints(run))
     trainer = Trainer(recipe, run or Path(recipe.run.output) / recipe.name, resume=resume)
     ranks = trainer.ranks
     if not run:  # now that nothing can be wrong with the recipe any more
         claimed = str(claim_folder(Path(recipe.run.output), recipe.name)) if ranks.first else None
         trainer.folder = Path(ranks.told(claimed) or "")
+        if ranks.first:
+            mark(trainer.folder)
     folder = trainer.folder
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f"continues at step {trainer.step}" if resume else "starts"
@@ -120,7 +125,8 @@ def train(arguments: list[str]) -> int:
     if scale:
         print(f"trained {trainer.step} steps, phases: {len(trainer.stages)}")
     elif recipe.data.source == "digits":
-        show_digits(trainer.model, trainer.source.tokenizer, folder)
+        model, tokenizer, _ = load(folder, device=trainer.device)  # whole, and not compiled
+        show_digits(model, tokenizer, folder)
     else:
         print(f"trained {trainer.step} steps. Next: evaclip eval {folder} --data FOLDER")
     return 0

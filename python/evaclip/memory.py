@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from evaclip.models.blocks import Checkpointing
 from evaclip.models.clip import CLIP
 from evaclip.models.config import ClipConfig, TextConfig, VisionConfig
 
-Precision = Literal["fp32", "amp_bf16", "bf16"]
+Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"]
 
 ALIGNMENT = 8  # elements to which SwiGLU's width is padded for its matrix products
 STATISTIC = 4  # bytes of a norm's mean or 1/std, and of attention's log-sum-exp
@@ -27,6 +28,7 @@ class Widths(NamedTuple):
 
 
 WIDTHS = {"fp32": Widths(4, 4, 4, 0), "amp_bf16": Widths(4, 4, 2, 0), "bf16": Widths(2, 2, 2, 4)}
+WIDTHS |= {key.replace("bf16", "fp16"): widths for key, widths in WIDTHS.items()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Step:
     precision: Precision = "fp32"
     patch_drop: float = 0.0
     frames: int = 1
-    gathered: bool = False  # weights come in bfloat16 from a sharded store: autocast has nothing to cast
+    gathered: bool = False  # weights come in half precision from a sharded store: autocast has nothing to cast
 
     @property
     def widths(self) -> Widths:
@@ -46,8 +48,8 @@ class Step:
 
     @property
     def casts(self) -> bool:
-        """Whether autocast keeps bfloat16 copies of the weights for the backward pass."""
-        return self.precision == "amp_bf16" and not self.gathered
+        """Whether autocast keeps narrow copies of the weights for the backward pass."""
+        return self.precision.startswith("amp_") and not self.gathered
 
     @property
     def images(self) -> int:
@@ -79,7 +81,7 @@ def vision_block(config: VisionConfig, step: Step) -> int:
 
 
 def assembled(config: VisionConfig, step: Step) -> int:
-    """Weights that a block of the vision tower puts together for its matrix products, or casts to bfloat16."""
+    """Weights that a block of the vision tower puts together for its matrix products, or that autocast casts."""
     width, hidden, a = config.width, config.mlp_width, step.widths.activation
     cast = step.casts
     total = a * width * width * cast  # the projection
@@ -100,16 +102,29 @@ def text_block(config: TextConfig, step: Step) -> int:
     return step.batch * config.context * per_token + weights
 
 
-def activations(config: ClipConfig, step: Step, *, checkpointing: bool) -> int:
-    """What the forward pass keeps; with checkpointing, the inputs of all blocks and all that one of them saves."""
+def left(config: VisionConfig | TextConfig, step: Step, tokens: int, checkpointing: Checkpointing) -> int:
+    """What checkpointing keeps of one block: its input; with "selective" the results of products and attention, too."""
+    width, a = config.width, step.widths.activation
+    kept = tokens * step.widths.stream * width
+    if checkpointing == "selective":
+        swiglu = isinstance(config, VisionConfig) and config.mlp == "swiglu"
+        hidden = 2 * _padded(config.mlp_width) if swiglu else config.mlp_width
+        # q, k, v, attention, its projection; the hidden layer, the branch
+        kept += tokens * (a * (6 * width + hidden) + STATISTIC * config.heads)
+    return kept
+
+
+def activations(config: ClipConfig, step: Step, *, checkpointing: Checkpointing) -> int:
+    """What the forward pass keeps; with checkpointing, what is left of all blocks and all that one of them saves."""
     vision, text, a, stream = config.vision, config.text, step.widths.activation, step.widths.stream
     tokens = step.images * step.tokens(vision), step.batch * text.context
-    if checkpointing:
-        inputs = vision.layers * tokens[0] * vision.width + text.layers * tokens[1] * text.width
-        kept = stream * inputs + recomputed(config, step)
-    else:
+    if checkpointing == "none":
         kept = vision.layers * vision_block(vision, step) + text.layers * text_block(text, step)
-    if checkpointing or vision.post_norm:  # the class token's norm reads, and keeps, the last block's output
+    else:
+        kept = recomputed(config, step, checkpointing)
+        kept += vision.layers * left(vision, step, tokens[0], checkpointing)
+        kept += text.layers * left(text, step, tokens[1], checkpointing)
+    if checkpointing != "none" or vision.post_norm:  # the class token's norm reads, and keeps, the last block's output
         kept += stream * tokens[0] * vision.width
     patch = vision.channels * vision.patch**2
     patches = a * (tokens[0] - step.images) * patch
@@ -121,12 +136,12 @@ def activations(config: ClipConfig, step: Step, *, checkpointing: bool) -> int:
     return kept + patches + ids + ends + features
 
 
-def recomputed(config: ClipConfig, step: Step) -> int:
-    """What one block saves when it is computed again, beyond its input, which is there already."""
+def recomputed(config: ClipConfig, step: Step, checkpointing: Checkpointing = "block") -> int:
+    """What one block saves when it is computed again, beyond what is there already."""
     vision, text = config.vision, config.text
     return max(
-        vision_block(vision, step) - step.widths.stream * step.images * step.tokens(vision) * vision.width,
-        text_block(text, step) - step.widths.stream * step.batch * text.context * text.width,
+        vision_block(vision, step) - left(vision, step, step.images * step.tokens(vision), checkpointing),
+        text_block(text, step) - left(text, step, step.batch * text.context, checkpointing),
     )
 
 

@@ -7,10 +7,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from evaclip import flops, memory
 from evaclip.gpus import GPUS, Gpu
+from evaclip.models.blocks import Checkpointing
 from evaclip.models.clip import CLIP
 from evaclip.train.recipe import Recipe, build_model, load_recipe
 
@@ -32,7 +33,7 @@ class Way:
     """How the work is divided."""
 
     sharding: Sharding
-    checkpointing: bool
+    checkpointing: Checkpointing
     micro_batches: int = 1
 
 
@@ -125,12 +126,15 @@ def estimate(job: Job, way: Way) -> Estimate:
     """Memory and time of one step."""
     step, config, ranks, gpu = job.step(way), job.model.config, job.gpus, job.gpu
     found = parts(job, way)
-    # Forward, twice that backward; once more with checkpointing, and once more where features are computed first.
-    forwards = 3 + way.checkpointing + (way.micro_batches > 1)
+    # Forward, twice that backward; once more where blocks are computed again, or features are computed first.
+    forwards = 3 + (way.checkpointing == "block") + (way.micro_batches > 1)
     products = job.flops / ranks / 3 * forwards + 8 * job.batch / ranks * job.batch * config.embed_dim
-    saved = memory.activations(config, step, checkpointing=False) * way.micro_batches
+    saved = memory.activations(config, step, checkpointing="none") * way.micro_batches
+    again = float(saved * (forwards - 3))
+    if way.checkpointing == "selective":
+        again += max(0, saved - found["activations"] * way.micro_batches)
     state = found["weights"] + found["masters"] + found["moments"] + found["gradients"]
-    traffic = saved * (PASSES + 2 * (forwards - 3)) + 2 * state
+    traffic = saved * PASSES + 2 * again + 2 * state
     computing = products / (job.rate / ranks * EFFICIENCY)
     moving = traffic / (gpu.bandwidth * TRAFFIC)
     weights, reduced = float(job.held.weights), float(job.held.gradients)
@@ -147,10 +151,10 @@ def estimate(job: Job, way: Way) -> Estimate:
 
 
 def options(job: Job) -> list[Estimate]:
-    """Every sharding with and without checkpointing, each with as few micro-batches as fit, or else as many as go."""
+    """Every sharding and checkpointing, each with as few micro-batches as fit, or else as many as go."""
     found = []
     for sharding in SHARDINGS:
-        for checkpointing in (False, True):
+        for checkpointing in get_args(Checkpointing):
             local = job.batch // job.gpus
             for micro in (n for n in range(1, local + 1) if local % n == 0):
                 one = estimate(job, Way(sharding, checkpointing, micro))
@@ -220,9 +224,8 @@ def report(recipe: Recipe, gpu: str, gpus: int, mfu: float | None = None) -> str
         "{:40s} {:>11s} {:>6s} {:>8s} {:>8s} {:>7s}".format("", "checkpoints", "parts", "GB/GPU", "s/step", "MFU"),
     ]
     for one in options(job):
-        checks = "yes" if one.way.checkpointing else "no"
         time = f"{one.seconds:8.2f} {100 * one.mfu:5.1f} %" if one.fits else "does not fit"
-        where = f"{SHARDINGS[one.way.sharding]:40s} {checks:>11s} {one.way.micro_batches:6d}"
+        where = f"{SHARDINGS[one.way.sharding]:40s} {one.way.checkpointing:>11s} {one.way.micro_batches:6d}"
         lines.append(f"{where} {one.memory / 1e9:8.1f} {time}")
     chosen = [(best(job), job, steps) for job, steps in found]
     main = best(job)
@@ -248,7 +251,7 @@ def _seen(job: Job) -> str:
 
 
 def _described(way: Way) -> str:
-    checks = "with" if way.checkpointing else "without"
+    checks = {"none": "without", "block": "with", "selective": "with selective"}[way.checkpointing]
     parts = f", {way.micro_batches} micro-batches" if way.micro_batches > 1 else ""
     return f"{SHARDINGS[way.sharding]}, {checks} activation checkpointing{parts}"
 

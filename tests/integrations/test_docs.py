@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import open_clip
+import pytest
 import timm
 import torch
+from integrations import eva_like
 
 from evakernels.integrations.timm import replace
 
@@ -57,3 +59,24 @@ def test_the_examples_for_open_clip_run():
     loss.backward()
     second["optimizer"].step()
     assert [group["weight_decay"] for group in second["optimizer"].param_groups] == [0.0, 0.05]
+
+
+def test_the_examples_for_the_original_eva_clip_code_run():
+    first, second = run("The original EVA-CLIP code", model=lambda: eva_like.CustomCLIP({"rope": True, "xattn": True}))
+    assert first["report"].replaced["visual.blocks.0.attn"] == "attention_qkvpacked, rotary embedding included"
+    value, accuracies = second["loss"](*first["model"](torch.randn(2, 3, 24, 24), torch.randint(0, 20, (2, 7))))
+    assert value.requires_grad and set(accuracies) == {"i2t", "t2i"}
+
+
+def test_the_example_for_transformers_runs():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "num_attention_heads": 1, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPVisionConfig(intermediate_size=32, **sizes)
+    (found,) = run("transformers", model=lambda: transformers.CLIPVisionModel(config))
+    assert found["report"].replaced["encoder.layers.0.self_attn"] == "attention"
+
+
+def test_the_example_for_stand_ins_runs():
+    (found,) = run("Stand-ins for xformers, apex and deepspeed")
+    assert {*found["stands"].installed, *found["stands"].skipped} == {"xformers", "apex", "deepspeed"}
+    found["stands"].undo()

@@ -35,9 +35,16 @@ def results(model, call, *inputs, autocast=False):
 
 
 def together(gradients, oracle):
-    """All gradients in one row, each in units of the largest element of its oracle."""
+    """All gradients in one row, each in units of the largest element of its oracle.
+
+    A bias of keys has gradient zero, the softmax being blind to it: what is found there is the rounding of what
+    cancels, and its unit is the largest gradient of all.
+    """
     largest = max(g.abs().max() for g in oracle.values())
-    units = {name: g.abs().max() + 1e-4 * largest for name, g in oracle.items()}
+    units = {
+        name: largest if g.abs().max() < 1e-12 * largest else g.abs().max() + 1e-4 * largest
+        for name, g in oracle.items()
+    }
     return torch.cat([(gradients[name] / units[name]).flatten() for name in oracle])
 
 

@@ -72,8 +72,8 @@ def stepped(given, device="cpu", implementation="reference"):
     """The arguments after a step, on the CPU again; `total` is what it returned."""
     copied = on(device, given)
     with ek.using(implementation):
-        total = torch.ops.evakernels.lamb_step(*copied.values())
-    return on("cpu", copied) | {"total": total.cpu()}
+        total, ratios = torch.ops.evakernels.lamb_step(*copied.values())
+    return on("cpu", copied) | {"total": total.cpu(), "ratios": ratios.cpu()}
 
 
 def weights_of(given):
@@ -102,6 +102,7 @@ def assert_right(given, device):
         assert torch.equal(step, expected)
     if given["max_grad_norm"] is not None:
         torch.testing.assert_close(ours["total"].double(), exact["total"], rtol=4 * torch.finfo(FLOAT).eps, atol=0)
+    torch.testing.assert_close(ours["ratios"].double(), exact["ratios"].double(), rtol=1e-5, atol=0)
 
 
 def assert_equal(a, b, names=LISTS):

@@ -41,6 +41,15 @@ def test_three_steps_are_what_a_calculation_by_hand_gives(world):
             assert all(torch.equal(p, q) for p, q in zip(params, first[0], strict=True)), options
 
 
+def test_the_range_of_trust_ratios_is_that_of_whole_tensors_on_every_rank():
+    options = [{"trust": trust, "adapt_excluded": True} for trust in ("parameter", "group", ("shard", 7))]
+    cases = [(layout, given) for layout in ("fsdp", "hsdp", "mixed") for given in options]
+    expected = torch.stack(workers.trust_ratios([(None, given) for _, given in cases]))
+    assert expected.isfinite().all() and (expected[:, 0] <= expected[:, 1]).all()
+    for rank in distributed.run(workers.trust_ratios, 4, cases):
+        torch.testing.assert_close(torch.stack(rank), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("layout", ["fsdp", "mixed", "grid"])
 def test_is_as_exact_as_the_unsharded_step(layout):
     cases = [

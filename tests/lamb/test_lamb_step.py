@@ -6,7 +6,7 @@ import math
 import numerics
 import pytest
 import torch
-from lamb.by_hand import PLAIN, RULES, assert_equal_to, by_hand, random
+from lamb.by_hand import PLAIN, RULES, assert_equal_to, by_hand, by_hand_ratios, random
 from torch.library import opcheck
 
 import evakernels as ek
@@ -73,6 +73,46 @@ def test_three_steps_are_what_a_calculation_by_hand_gives(implementation, small_
     options = RULES[rule] | {"trust": trust, "max_grad_norm": max_grad_norm, "lr": 0.02}
     expected = by_hand(groups, grads, **options)
     assert_equal_to(run(params, ek.FusedLAMB(groups, **options), grads), expected)
+
+
+@pytest.mark.parametrize("trust", ["parameter", "group", ("shard", 2), ("shard", 64)], ids=str)
+@pytest.mark.parametrize("bounds", [None, (0.5, 1.5)])
+def test_the_range_of_trust_ratios_is_that_of_a_calculation_by_hand(implementation, small_pieces, trust, bounds):
+    """Of what has a ratio: empty tensors, empty slices, a tensor of zeros and groups without decay have none."""
+    params, groups, grads = model()
+    for p in params:  # without bounds all ratios are far above 1, which is what stands for none
+        p.data.mul_(1 if bounds else 20)
+    params[1].data.zero_()
+    optimizer = ek.FusedLAMB(groups, lr=0.02, trust=trust, trust_ratio_bounds=bounds)
+    assert optimizer.trust_ratios is None
+    before = [p.detach().clone() for p in groups[0]["params"]]
+    run(params, optimizer, grads[:1])
+    us = []
+    for p, old in zip(groups[0]["params"], before, strict=True):
+        state = optimizer.state[p]
+        m, v = state["exp_avg"] / (1 - 0.9), state["exp_avg_sq"] / (1 - 0.98)
+        us.append((m / (v.sqrt() + 1e-6) + 0.05 * old).flatten().tolist())
+    old = [p.flatten().tolist() for p in before]
+    of_elements = by_hand_ratios(old, us, trust, bounds)
+    if trust == "parameter":
+        of_elements[1] = []
+    if trust == ("shard", 64):  # one element each
+        of_elements = [[r for r, x in zip(a, b, strict=True) if x] for a, b in zip(of_elements, old, strict=True)]
+    flat = [ratio for tensor in of_elements for ratio in tensor]
+    assert optimizer.trust_ratios.tolist() == pytest.approx([min(flat), max(flat)])
+
+
+def test_there_is_no_range_without_a_ratio_or_a_step(implementation):
+    p = torch.nn.Parameter(torch.ones(3))
+    plain = ek.FusedLAMB([p], weight_decay=0.0)
+    run([p], plain, [[torch.ones(3)]])
+    assert plain.trust_ratios.tolist() == [0, 0]
+    optimizer = ek.FusedLAMB([p], weight_decay=0.1)
+    run([p], optimizer, [[torch.ones(3)]])
+    assert optimizer.trust_ratios.min() > 0
+    optimizer.found_inf = torch.ones(())
+    run([p], optimizer, [[torch.ones(3)]])
+    assert optimizer.trust_ratios.tolist() == [0, 0]
 
 
 def test_slices_cut_through_tensors(implementation):
@@ -283,7 +323,7 @@ def test_op_passes_opcheck(implementation, changes):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_op_equals_eager(backend):
     def step(*args):
-        return torch.ops.evakernels.lamb_step(*args) * 2
+        return torch.ops.evakernels.lamb_step(*args)[0] * 2
 
     eager, compiled = arguments(max_grad_norm=1.0), arguments(max_grad_norm=1.0)
     expected = step(*eager)

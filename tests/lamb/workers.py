@@ -91,6 +91,20 @@ def all_stepped(cases: list[tuple], whole_states: bool = True) -> list:
     return [stepped(dtype, layout, whole_states=whole_states, **options) for dtype, layout, options in cases]
 
 
+def trust_ratios(cases: list[tuple]) -> list[Tensor]:
+    """The range of the trust ratios of each case's third step."""
+    found = []
+    for layout, options in cases:
+        params, groups = start(torch.float64, layout)
+        optimizer = FusedLAMB(groups, lr=0.02, **options)
+        for grads in gradients(torch.float64):
+            for p, g in zip(params, distributed(grads, layout) if layout else grads, strict=True):
+                p.grad = g
+            optimizer.step()
+        found.append(optimizer.trust_ratios)
+    return found
+
+
 def traffic(cases: list[tuple]) -> list[list[tuple[int, list[int]]]]:
     """The all-reduces of each optimizer's second step: how many numbers, over which ranks."""
     found, reduce = [], dist.all_reduce

@@ -1,7 +1,10 @@
 """The joint model: dtypes, normalisation, checkpointing, stochastic depth, compilation."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaclip
 from evaclip.models.blocks import Stream, drop_path_scale
@@ -98,16 +101,17 @@ def test_half_precision_stays_near_single(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_checkpointing_gives_the_same_gradients_bit_for_bit(name):
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_checkpointing_gives_the_same_gradients_bit_for_bit(name, how):
     model = lively(name, vision={"drop_path": 0.4})
     batch = inputs(model, batch=5)
     plain = gradients(model, *batch)
-    model.set_checkpointing(True)
-    assert model.visual.checkpointing and model.text.checkpointing
+    model.set_checkpointing(how)
+    assert model.visual.checkpointing == model.text.checkpointing == ("block" if how is True else how)
     again = gradients(model, *batch)
     assert all(torch.equal(plain[key], again[key]) for key in plain)
     model.set_checkpointing(False)
-    assert not model.visual.checkpointing and not model.text.checkpointing
+    assert model.visual.checkpointing == model.text.checkpointing == "none"
 
 
 def test_checkpointed_blocks_keep_one_tensor_each():
@@ -129,6 +133,48 @@ def test_checkpointed_blocks_keep_one_tensor_each():
     stream = 8 * 9 * 64 * 4  # batch, class token and kept patches, width, bytes of a float32
     assert kept_bytes(6, True) - kept_bytes(2, True) == 4 * stream
     assert kept_bytes(6, False) - kept_bytes(2, False) > 4 * 10 * stream
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name().split("::")[1].split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+    def sum(self, *names):
+        return sum(self.counts[name] for name in names)
+
+
+def test_selective_checkpointing_repeats_norms_but_neither_products_nor_attention():
+    def backward(how):
+        """How often the backward pass runs attention forward, norms forward, and matrix products."""
+        model = lively("EVA02-CLIP-tiny")
+        model.set_checkpointing(how)
+        images, ids, kept = inputs(model)
+        with Calls() as forward:
+            image, text, _ = model(images, ids, kept=kept)
+        layers = len(model.visual.blocks) + len(model.text.transformer.resblocks)
+        assert forward.sum("attention_qkvpacked") == layers
+        with Calls() as calls:
+            (image.square().sum() + text.square().sum()).backward()
+        return calls.sum("attention_qkvpacked"), calls.sum("norm", "add_norm"), calls.sum("mm", "addmm"), layers
+
+    attentions, norms, products, layers = backward("none")
+    assert (attentions, norms) == (0, 0)
+    # Of the four products of a block the last is what nothing in the block reads.
+    attentions, norms, more, _ = backward("block")
+    assert (attentions, more) == (layers, products + 3 * layers) and norms >= 2 * layers
+    assert backward("selective") == (0, norms, products, layers)
+
+
+def test_an_unknown_way_of_checkpointing_is_refused():
+    with pytest.raises(ValueError, match=r"checkpointing is 'some'; allowed are \"none\", \"block\""):
+        lively("EVA02-CLIP-tiny").set_checkpointing("some")
 
 
 def test_two_forwards_before_a_backward_keep_their_own_patches():

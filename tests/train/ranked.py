@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from evaclip.data import DataError
-from evaclip.train import checkpoint
+from evaclip.train import checkpoint, parallel
 from evaclip.train.parallel import averaged
 from evaclip.train.recipe import Recipe, load_recipe
 from evaclip.train.step import forward_backward
@@ -39,6 +39,17 @@ def trainer(folder: str, changes: dict, resume: bool = False) -> Trainer:
     return Trainer(tiny(**changes), Path(folder), resume=resume)
 
 
+def equal(a, b) -> bool:
+    """Whether two states are the same, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: whole(value).clone() for name, value in trainer.model.state_dict().items()}
 
@@ -55,6 +66,12 @@ def gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
     metrics = forward_backward(it.forward, images, ids, it._kept(len(images)), it.recipe, it.ranks)
     averaged(it.model, it.recipe.compute, it.ranks)
     return {n: whole(p.grad) for n, p in it.model.named_parameters()} | metrics
+
+
+def compiled_gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
+    """The same of compiled blocks."""
+    parallel.BACKEND = "aot_eager"
+    return gradients(folder, changes | {"compute__compile": True})
 
 
 def run(folder: str, changes: dict, resume: bool = False) -> tuple[str, int, dict]:
@@ -111,6 +128,23 @@ def disk_full(folder: str, changes: dict) -> tuple[str, int]:
     finally:
         torch.save = save
     return "", -1
+
+
+def overflow(folder: str, changes: dict) -> tuple[dict, bool, bool]:
+    """The scale after an overflow of the last process's own gradients and a good step; whether these moved weights."""
+    it = trainer(folder, changes)
+    before, hooks = weights(it), []
+    if it.ranks.rank == it.ranks.world - 1:
+        hooks = [it.model.logit_scale.register_hook(lambda gradient: gradient / 0)]
+    it.train_step()
+    after = weights(it)
+    for hook in hooks:
+        hook.remove()
+    it.train_step()
+    unchanged, learned = (
+        all(torch.equal(a[name], b[name]) for name in a) for a, b in ((before, after), (after, weights(it)))
+    )
+    return dataclasses.asdict(it.scale), unchanged, not learned
 
 
 def kept(folder: str, changes: dict) -> torch.Tensor:

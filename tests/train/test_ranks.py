@@ -16,6 +16,7 @@ from train import ranked
 
 import evaclip
 from evaclip.train import checkpoint
+from evaclip.train.log import read_metrics
 
 
 @pytest.mark.parametrize(
@@ -70,9 +71,10 @@ def test_data_that_one_process_cannot_read_stops_all(tmp_path):
     assert checkpoint.load_trainer(checkpoint.latest(tmp_path))["step"] == 3
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_full_disk_leaves_the_checkpoint_before(world, tmp_path):
-    for words, step in distributed.run(ranked.disk_full, world, str(tmp_path), {"run__save_every": 2}):
+@pytest.mark.parametrize(("world", "in_background"), [(1, False), (2, False), (1, True), (2, True)])
+def test_a_full_disk_leaves_the_checkpoint_before(world, in_background, tmp_path):
+    changes = {"run__save_every": 2, "run__async_checkpoints": in_background}
+    for words, step in distributed.run(ranked.disk_full, world, str(tmp_path), changes):
         assert "step-00000004 could not be written: [Errno 28]" in words and "checkpoints before it are whole" in words
         assert step == 2
 
@@ -111,17 +113,64 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
     assert checkpoint.load_trainer(checkpoint.latest(run))["step"] == before + 2
 
 
-@pytest.mark.parametrize(("parallel", "changes"), [("fsdp", {"compute__micro_batches": 2}), ("fsdp2", {})])
-def test_sharded_processes_have_the_gradients_of_the_whole_batch(parallel, changes, tmp_path):
+def test_a_job_that_torchrun_restarts_goes_on_by_itself(tmp_path):
+    """The second process dies once, in the fourth step; beside the run lies that of another job."""
+    script = tmp_path / "dying.py"
+    script.write_text(
+        """
+import os, signal, sys
+from evaclip.cli import main
+from evaclip.train.trainer import Trainer
+
+step = Trainer.train_step
+
+def dying(self):
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], self.ranks.rank, self.step) == ("0", 1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+
+Trainer.train_step = dying
+sys.exit(main(sys.argv[1:]))
+"""
+    )
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    (tmp_path / "runs/digits/job").write_text("another")
+    os.utime(tmp_path / "runs/digits/job", (2**33, 2**33))  # a later one
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)),
+        *("train", "digits", "--model.vision", "layers", "1", "--model.text", "layers", "1", "--data.batch-size", "16"),
+        *("--schedule.steps", "5", "--run.log-every", "1", "--run.tensorboard", "False", "--run.save-every", "2"),
+        *("--compute.parallel", "fsdp"),
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "runs/digits-2 starts" in done.stdout and "runs/digits-2 continues at step 2" in done.stdout
+    assert "in the first 5" in done.stdout and "view tensor" not in done.stderr
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2"]
+    assert [row["step"] for row in read_metrics(tmp_path / "runs/digits-2/metrics.jsonl")] == list(range(5))
+    assert checkpoint.load_trainer(checkpoint.latest(tmp_path / "runs/digits-2"))["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "changes"),
+    [
+        (2, "fsdp", {"compute__micro_batches": 2}),
+        (2, "fsdp2", {}),
+        (4, "fsdp", {"compute__micro_batches": 2, "compute__shard": 2}),
+    ],
+)
+def test_sharded_processes_have_the_gradients_of_the_whole_batch(world, parallel, changes, tmp_path):
     whole = ranked.gradients(str(tmp_path), {})
-    for shared in distributed.run(ranked.gradients, 2, str(tmp_path), changes | {"compute__parallel": parallel}):
+    for shared in distributed.run(ranked.gradients, world, str(tmp_path), changes | {"compute__parallel": parallel}):
         for name, expected in whole.items():
             error = (shared[name] - expected).norm() / expected.norm().clamp(min=1e-30)
             assert error < 1e-5, f"{name}: {error:.1e}"
 
 
 def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
-    changes = {"compute__parallel": "fsdp", "run__save_every": 3}
+    changes = {"compute__parallel": "fsdp", "run__save_every": 3, "run__async_checkpoints": True}
     whole = distributed.run(ranked.run, 2, str(tmp_path / "whole"), changes)
     distributed.run(ranked.signalled, 2, str(tmp_path / "broken"), changes, 1)
     for world in (2, 3):
@@ -141,3 +190,24 @@ def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
     evaclip.convert(tmp_path / "whole", tmp_path / "one.safetensors")
     for name, value in load_file(tmp_path / "one.safetensors").items():
         assert torch.equal(value, whole[0][2][name]), name
+
+
+def test_copies_of_a_sharded_model_are_trained_like_a_whole_one_and_continue_in_other_shapes(tmp_path):
+    """Two copies, of two shards each: the steps of one process to rounding; then on in two shards of one copy."""
+    plain = {"optimizer__clip_grad_norm": 0.1, "optimizer__trust": ("shard", 3), "run__save_every": 3}
+    sharded = plain | {"compute__parallel": "fsdp", "compute__shard": 2}
+    _, _, expected = ranked.run(str(tmp_path / "one"), plain)
+    for outcome, step, actual in distributed.run(ranked.run, 4, str(tmp_path / "copies"), sharded):
+        assert (outcome, step) == ("finished", 6)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+    shutil.rmtree(checkpoint.latest(tmp_path / "copies"))
+    for outcome, step, actual in distributed.run(ranked.run, 2, str(tmp_path / "copies"), sharded, True):
+        assert (outcome, step) == ("finished", 6)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_shards_that_do_not_divide_the_processes_are_refused(tmp_path):
+    with pytest.raises(AssertionError, match=r"compute\.shard is 2, but 3 processes cannot be divided"):
+        distributed.run(ranked.run, 3, str(tmp_path), {"compute__parallel": "fsdp", "compute__shard": 2})

@@ -31,6 +31,13 @@ def test_every_shipped_recipe_loads_and_survives_writing(name, tmp_path):
         ("[model]\nname = 'EVA02-CLIP-B16'", r"my.toml: no model is called"),
         ("[model.vision]\nlayer = 2", r"my.toml: the vision tower has no field 'layer'"),
         ("[model.vision]\nheads = 0", r"my.toml: heads is 0"),
+        (
+            "[compute]\ncompile = true\nactivation_checkpointing = 'selective'",
+            r"'none' or 'block' with compute.compile",
+        ),
+        ("[compute]\nactivation_checkpointing = 'some'", r"activation_checkpointing is 'some'"),
+        ("[compute]\nshard = 8", r"compute.shard is 8; allowed: 0, or with compute.parallel 'fsdp'"),
+        ("[compute]\nloss_scale = 0.5", r"compute.loss_scale is 0.5; allowed: at least 1"),
         ("[run]\nseed = -1", r"run.seed is -1"),
         ("[loss]\nfixed_logit_scale = 0.0", r"loss.fixed_logit_scale is 0.0"),
         ("model = 3", r"my.toml: model is 3"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from shard_files import NUMBERS, jpeg, numbers, write_shards
+from train.ranked import equal
 
 from evaclip.cli import main
 from evaclip.models import configure
@@ -111,8 +112,8 @@ def test_mixtures_are_read_from_toml_and_checked(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_run_killed_anywhere_goes_on_with_the_same_samples(tmp_path, seed):
-    """Killed by SIGKILL with two readers; then continued with three. Weights, moments and samples are those of a run
-    that was never interrupted, and had no readers at all."""
+    """Killed by SIGKILL with two readers; then continued with three. Weights, moments and the log of samples are those
+    of a run that was never interrupted, and had no readers at all."""
     source = write_shards(tmp_path / "shards", [9, 4, 12, 5], broken=[7])
     options = [
         "train",
@@ -125,7 +126,7 @@ def test_a_run_killed_anywhere_goes_on_with_the_same_samples(tmp_path, seed):
         "--data.cache",
         str(tmp_path),
     ]
-    options += ["--run.seed", str(seed)]
+    options += ["--run.seed", str(seed), "--run.sample-log", "True"]
     assert main([*options, "--run.output", str(tmp_path / "whole"), "--data.workers", "0"]) == 0
 
     run = tmp_path / "killed" / "digits"
@@ -145,6 +146,11 @@ def test_a_run_killed_anywhere_goes_on_with_the_same_samples(tmp_path, seed):
     assert (whole / last / "model.safetensors").read_bytes() == (run / last / "model.safetensors").read_bytes()
     assert equal(*(torch.load(folder / last / "trainer.pt", weights_only=True) for folder in (whole, run)))
     assert losses(whole / "metrics.jsonl") == losses(run / "metrics.jsonl")
+    samples = whole / "samples-0.jsonl"
+    assert samples.read_bytes() == (run / "samples-0.jsonl").read_bytes()
+    rows = read_metrics(samples)
+    assert [row["step"] for row in rows] == list(range(30)) and {len(row["names"]) for row in rows} == {8}
+    assert len({name for row in rows for name in row["names"]}) == 29  # of 30, one of which cannot be read
 
 
 SMALL = (
@@ -156,16 +162,6 @@ SMALL = (
 
 def losses(metrics: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(metrics)]
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_a_dead_reader_ends_the_run_with_its_name_and_a_checkpoint(tmp_path):

@@ -80,17 +80,17 @@ def lamb_step(
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     like = exp_avgs[0]
     factor = 1.0 if grad_scale is None else 1 / grad_scale.item()
     grads = [g.contiguous() for g in grads]
-    total = like.new_empty(0)
+    total, used = like.new_empty(0), []
     if max_grad_norm is not None:
         norm = _norm(grads) * factor
         factor *= max_grad_norm / norm if norm > max_grad_norm else 1.0
         total = like.new_tensor(norm)
     if found_inf is not None and found_inf.item() != 0:
-        return total
+        return total, like.new_zeros(2)
 
     torch._foreach_add_(steps, torch.ones(()))  # a number would be made a tensor once per step
     ts = torch.stack(steps).tolist()
@@ -112,13 +112,13 @@ def lamb_step(
         )
         tensors = list(zip(weights[group], grads[group], exp_avgs[group], exp_avg_sqs[group], strict=True))
         if adapts[k]:
-            _adapted(_cut(tensors, slices), rule, scratch, scaled)
+            used += _adapted(_cut(tensors, slices), rule, scratch, scaled)
         else:
             _plain(_cut(tensors, 0), rule, scaled)
     changed = [i for i, p in enumerate(params) if weights[i] is not p]
     if changed:
         torch._foreach_copy_([params[i] for i in changed], [weights[i] for i in changed])
-    return total
+    return total, like.new_tensor([min(used), max(used)] if used else [0.0, 0.0])
 
 
 def _norm(grads: list[Tensor]) -> float:
@@ -203,8 +203,9 @@ def _plain(pieces: Iterable[Piece], rule: Rule, scaled: Tensor) -> None:
             _adam(weights, batch, rule, rate, 0.0, scaled)
 
 
-def _adapted(pieces: Iterable[Piece], rule: Rule, scratch: Tensor, scaled: Tensor) -> None:
-    """Step a group with trust ratios."""
+def _adapted(pieces: Iterable[Piece], rule: Rule, scratch: Tensor, scaled: Tensor) -> list[float]:
+    """Step a group with trust ratios, and return them."""
+    used: list[float] = []
     for run, elements in _runs(pieces):
         kept = elements <= KEPT
         squares: dict[int, list[float]] = {piece.ratio: [0.0, 0.0] for piece in run}
@@ -223,12 +224,14 @@ def _adapted(pieces: Iterable[Piece], rule: Rule, scratch: Tensor, scaled: Tenso
                 waiting += us
                 offset += size
         ratios = {ratio: _ratio(square[0], square[1], rule) for ratio, square in squares.items()}
+        used += [ratios[ratio] for ratio, (weight, update) in squares.items() if weight > 0 and update > 0]
         for i, piece in enumerate(run):
             rate = rule.rates[piece.tensor] * ratios[piece.ratio]
             if kept:
                 piece.weight.add_(waiting[i], alpha=-rate)
             else:
                 _again(piece, rule, rate, scratch)
+    return used
 
 
 def _adam(targets, batch: list[Piece], rule: Rule, lr: float, decay: float, scaled: Tensor) -> None:

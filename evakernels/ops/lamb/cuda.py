@@ -6,6 +6,7 @@ keeps what it was given.
 """
 
 import functools
+import math
 from array import array
 from collections.abc import Iterable
 from itertools import chain
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from evakernels import native
+from evakernels.ops.lamb.reference import ends
 
 CHUNK = 4096  # elements that a block works on, or a multiple
 MOST = 2048  # chunks of a trust ratio before they grow longer: each block reads the partial sums of its ratio
 RULE = 10  # numbers of a LambRule
+LOW_WORD = 0xFFFFFFFF
 CORRECTIONS = ("none", "update", "step_size")  # LambCorrection
 
 
@@ -28,6 +31,7 @@ class Plan(NamedTuple):
     pieces: array  # words of the LambPieces
     bounds: array  # of the batches, in chunks; first those without trust ratio
     tensors: int  # how many pieces there are
+    plain: int  # how many of them, the first ones, have no trust ratio
 
 
 def refuses(op: str, *args) -> str | None:
@@ -70,7 +74,7 @@ def lamb_step(
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     device = exp_avgs[0].device
     # A tensor with another layout than that of its moments is copied, and a parameter copied back.
     grads = [g.contiguous() for g in grads]
@@ -100,6 +104,7 @@ def lamb_step(
         return torch.empty(shape, dtype=dtype, device=device)
 
     total = new() if max_grad_norm is not None else new(0)
+    table, partials = new(len(words), dtype=torch.int64), new(plan.bounds[-1], 2)
     native.call(
         "lamb_step",
         device,
@@ -115,16 +120,29 @@ def lamb_step(
         None if grad_scale is None else grad_scale.float(),
         None if found_inf is None else found_inf.float(),
         total,
-        new(len(words), dtype=torch.int64),
+        table,
         new(len(params), RULE),
-        new(plan.bounds[-1], 2),
+        partials,
         new(),
         touches=(*weights, *targets, *grads, *exp_avgs, *exp_avg_sqs, *steps),
     )
     for p, target in zip(params, targets, strict=True):
         if target is not p:
             p.copy_(target)
-    return total
+    return total, _ends(table, partials[plan.bounds[0] :], plan, len(params), len(sizes), found_inf)
+
+
+def _ends(table: Tensor, partials: Tensor, plan: Plan, params: int, groups: int, found_inf: Tensor | None) -> Tensor:
+    """The smallest and the largest trust ratio, formed as the kernel forms them; all that is read is in its table."""
+    tensors, options, pieces = table.split((7 * params, 7 * groups, 5 * plan.tensors))
+    tensors, options, pieces = tensors.view(-1, 7), options.view(-1, 7), pieces.view(-1, 5)[plan.plain :]
+    first_chunk, begin, end = pieces[:, 0] & LOW_WORD, pieces[:, 3] >> 32, pieces[:, 4]
+    counts = torch.where(first_chunk == begin, end - begin, 0)  # each ratio at its first piece
+    squares = torch.segment_reduce(partials.double(), "sum", lengths=counts, unsafe=True, initial=0)
+    owners = tensors[pieces[:, 0] >> 32, 6] & LOW_WORD
+    lows, highs = options.view(torch.float64)[owners, 5:].unbind(1)
+    ratios = torch.minimum(torch.maximum((squares[:, 0] / squares[:, 1]).sqrt(), lows), highs)
+    return ends(ratios.where((squares > 0).all(1), math.nan), found_inf).float()
 
 
 def _on_host(lrs: Tensor) -> bool:
@@ -166,6 +184,7 @@ def _plan(numels: tuple[int, ...], sizes: tuple[int, ...], adapts: tuple[bool, .
     for ratio in chain.from_iterable(ratios for adapted, ratios in groups if not adapted):
         add(ratio)
     bounds, elements = array("i", [chunks]), 0
+    plain = len(pieces) // 5
     for ratio in chain.from_iterable(ratios for adapted, ratios in groups if adapted):
         before, size = chunks, add(ratio)
         if elements and elements + size > batch:
@@ -174,7 +193,7 @@ def _plan(numels: tuple[int, ...], sizes: tuple[int, ...], adapts: tuple[bool, .
         elements += size
     if elements:
         bounds.append(chunks)
-    return Plan(pieces, bounds, len(pieces) // 5)
+    return Plan(pieces, bounds, len(pieces) // 5, plain)
 
 
 def _slices(tensors: list[tuple[int, int, int]], slices: int) -> list[list[tuple[int, int, int]]]:

@@ -48,10 +48,11 @@ class FusedLAMB(Optimizer):
         capturable: `step()` may be captured in a CUDA graph; every lr must then be a tensor on the device.
 
     Parameters without a gradient are skipped (slices are cut as if they were not there), on all ranks alike; gradients
-    are left as they are. `GradScaler` is served without waiting for the device. A parameter's state is `step`,
-    `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16; loading keeps their dtypes and copies them.
-    Who changes such a parameter between steps (clamps it) must change `optimizer.state[p]["master"]`, from which it is
-    rounded.
+    are left as they are. `GradScaler` is served without waiting for the device. `optimizer.trust_ratios` are the
+    smallest and the largest trust ratio of the last step, a tensor of two on the device; 0 where it was skipped or
+    had none. A parameter's state is `step`, `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16;
+    loading keeps their dtypes and copies them. Who changes such a parameter between steps (clamps it) must change
+    `optimizer.state[p]["master"]`, from which it is rounded.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit.
@@ -63,6 +64,7 @@ class FusedLAMB(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler sets `grad_scale` and `found_inf` before it calls step()
     grad_norm: Tensor | None = None
+    trust_ratios: Tensor | None = None
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class FusedLAMB(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self.grad_norm = None
+        self.grad_norm = self.trust_ratios = None
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         groups = [(group, params) for group, params in groups if params]
         if not groups:
@@ -134,7 +136,7 @@ class FusedLAMB(Optimizer):
             grads, lamb_step = list(map(layout.gradient, params)), sharded.lamb_step
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         bounds = [group["trust_ratio_bounds"] or (0.0, math.inf) for group, _ in groups]
-        norm = lamb_step(
+        norm, self.trust_ratios = lamb_step(
             params,
             grads,
             [state["exp_avg"] for state in states],

@@ -7,13 +7,15 @@
       "update"        m / c1 / (sqrt(v) / sqrt(c2) + eps) + wd p          lr
       "step_size"     m / (sqrt(v) + eps) + wd p                          lr sqrt(c2) / c1
       "none"          m / (sqrt(v) + eps) + wd p                          lr
-    r = clamp(|p| / |u|, low, high), 1 where either norm is 0 or the group is not adapted
+    r = clamp(|p| / |u|, low, high), 1 where either norm is 0 (there is none) or the group is not adapted
     p = p - rate r u
 
 |.| runs over a tensor, or over one of `slices` equal slices of the group's flattened tensors (zeros pad the last).
 Nothing is read back to the host: where `found_inf` is not 0, every result is replaced by what was there before.
 Moments and masters are float32 (float64 for float64 parameters), norms float64.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def lamb_step(
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     skip = None if found_inf is None else found_inf != 0
     in_order = iter(masters)
     weights = [p if accumulator(p.dtype) == p.dtype else next(in_order) for p in params]
@@ -53,7 +55,7 @@ def lamb_step(
         factor = torch.where(norm > max_grad_norm, max_grad_norm / norm, 1.0) * factor
         total = norm.to(exp_avgs[0].dtype)
 
-    first = 0
+    first, used = 0, []
     for k, size in enumerate(sizes):
         group = range(first, first + size)
         first += size
@@ -72,12 +74,23 @@ def lamb_step(
             _replace(exp_avgs[i], m, skip)
             _replace(exp_avg_sqs[i], v, skip)
         old = [weights[i] for i in group]
-        ratios: list = _ratios(old, updates, slices, lows[k], highs[k]) if adapts[k] else [1.0] * size
+        ratios: list = [torch.ones(())] * size
+        if adapts[k]:
+            ratios = _ratios(old, updates, slices, lows[k], highs[k])
+            used += [ratio.reshape(-1) for ratio in ratios]
         for i, u, rate, ratio in zip(group, updates, rates, ratios, strict=True):
-            _replace(weights[i], weights[i] - rate * ratio * u, skip)
+            _replace(weights[i], weights[i] - rate * torch.where(ratio.isnan(), 1.0, ratio) * u, skip)
             if weights[i] is not params[i]:
                 _replace(params[i], weights[i], skip)
-    return total
+    return total, ends(torch.cat(used) if used else exp_avgs[0].new_empty(0), found_inf).to(exp_avgs[0].dtype)
+
+
+def ends(ratios: Tensor, found_inf: Tensor | None) -> Tensor:
+    """The smallest and the largest of the ratios that are not NaN; 0 where none is left or the step is skipped."""
+    none = torch.cat((ratios.isnan(), ratios.new_ones(1, dtype=torch.bool)))
+    low, high = (torch.cat((ratios, ratios.new_zeros(1))).where(~none, end) for end in (math.inf, -math.inf))
+    found = torch.stack((low.amin(), high.amax()))
+    return found.where(~none.all() if found_inf is None else ~none.all() & (found_inf == 0), 0.0)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -85,7 +98,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _ratios(weights: list[Tensor], updates: list[Tensor], slices: int, low: float, high: float) -> list[Tensor]:
-    """One trust ratio per tensor, or one per element where slices cut through tensors."""
+    """One trust ratio per tensor, or one per element where slices cut through tensors; NaN: none."""
     if not slices:
         return [_ratio(_norm(p), _norm(u), low, high) for p, u in zip(weights, updates, strict=True)]
     numels = [p.numel() for p in weights]
@@ -102,7 +115,7 @@ def _ratios(weights: list[Tensor], updates: list[Tensor], slices: int, low: floa
 
 
 def _ratio(weight: Tensor, update: Tensor, low: float, high: float) -> Tensor:
-    return torch.where((weight > 0) & (update > 0), (weight / update).clamp(low, high), 1.0)
+    return torch.where((weight > 0) & (update > 0), (weight / update).clamp(low, high), math.nan)
 
 
 def _replace(old: Tensor, new: Tensor, skip: Tensor | None) -> None:

@@ -11,6 +11,7 @@ Nothing is read back to the host.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from evakernels.ops.checks import accumulator
 from evakernels.ops.lamb import layout
+from evakernels.ops.lamb.reference import ends
 
 
 def lamb_step(
@@ -43,7 +45,7 @@ def lamb_step(
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`torch.ops.evakernels.lamb_step` on tensors and DTensors; where nothing is divided, that op on their parts."""
     wholes = params
     params, grads, exp_avgs, exp_avg_sqs, masters = (
@@ -116,7 +118,9 @@ def lamb_step(
     # 3
     low, high = (vector(tuple(bounds))[plan.group_of_ratio] for bounds in (lows, highs))
     ratios = (weight_squares / update_squares).sqrt().clamp(low, high)
-    ratios = torch.where((weight_squares > 0) & (update_squares > 0), ratios, 1.0)
+    ratios = ratios.where((weight_squares > 0) & (update_squares > 0), math.nan)
+    found = ends(ratios, skip).to(exp_avgs[0].dtype)
+    ratios = ratios.where(~ratios.isnan(), 1.0)
     rates = lrs.to(device, non_blocking=True)[plan.group_of_tensor]
     if bias_correction == "step_size":
         rates = rates * c2.sqrt() / c1
@@ -132,7 +136,7 @@ def lamb_step(
         narrow = [params[i] for i in rounded]
         with _unless(skip, narrow):
             torch._foreach_copy_(narrow, [weights[i] for i in rounded])
-    return total
+    return total, found
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,12 +14,13 @@ class DataError(RuntimeError):
     """Data that became unusable while it was read; the message names the files."""
 
 
-def extra(module: str, package: str, what: str, group: str = "train") -> ModuleType:
-    """Import a module of an optional package, or say how to get it."""
+def extra(module: str, package: str, what: str, group: str | None = "train") -> ModuleType:
+    """Import a module of an optional package, or say how to get it: with a group of our extras, or by itself."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install 'evakernels[{group}]'") from error
+        wanted = f"'evakernels[{group}]'" if group else package
+        raise ImportError(f"{what} needs {package}: pip install {wanted}") from error
 
 
 def share(count: int, part: int, parts: int) -> slice:

@@ -148,6 +148,7 @@ class CaptionBatches:
         self.max_unreadable, self.share = max_unreadable, share(batch_size, rank, world)
         self.batches_per_epoch = len(pairs) // batch_size
         self.unreadable: dict[Path, str] = {}
+        self.names: list[str] = []  # the files of the last batch
         self._tried = bytearray(len(pairs))
         self._pool = ThreadPoolExecutor(workers)
         self._order: tuple[int, np.ndarray] | None = None
@@ -169,14 +170,15 @@ class CaptionBatches:
             self._readable(epoch, sample, found, chain(others[place :: self.batch_size], others))
             for place, sample, found in zip(places, wanted, loaded, strict=True)
         ]
-        return torch.stack([image for image, _ in pairs]), [caption for _, caption in pairs]
+        images, captions, self.names = (list(column) for column in zip(*pairs, strict=True))
+        return torch.stack(images), captions
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, counter_random(self.seed, 0, epoch).permutation(len(self.pairs))
         return self._order[1]
 
-    def _load(self, epoch: int, sample: int) -> tuple[Tensor, str] | ImageError:
+    def _load(self, epoch: int, sample: int) -> tuple[Tensor, str, str] | ImageError:
         self._tried[sample] = 1
         random = counter_random(self.seed, 1, epoch, sample)
         captions = self.pairs.captions[sample]
@@ -185,11 +187,11 @@ class CaptionBatches:
             image = open_image(self.pairs.images[sample], self.transform.channels)
         except ImageError as error:
             return error
-        return self.transform(image, random), caption
+        return self.transform(image, random), caption, str(self.pairs.images[sample])
 
     def _readable(
-        self, epoch: int, sample: int, loaded: tuple[Tensor, str] | ImageError, spare: Iterator
-    ) -> tuple[Tensor, str]:
+        self, epoch: int, sample: int, loaded: tuple[Tensor, str, str] | ImageError, spare: Iterator
+    ) -> tuple[Tensor, str, str]:
         """What was loaded; where that failed, the first of the spare samples that can be."""
         while isinstance(loaded, ImageError):
             self._count(self.pairs.images[sample], loaded)

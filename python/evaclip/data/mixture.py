@@ -31,11 +31,12 @@ class Place(NamedTuple):
 
 @dataclass
 class Tally:
-    """What reading went through: samples tried, samples that failed, and the reasons by name."""
+    """What reading went through: samples tried, those that failed with reasons by name, and the names of those read."""
 
     tried: int = 0
     failed: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
 
 
 class Mixture:
@@ -143,7 +144,7 @@ class Mixture:
             ids: (n, context) int64, of the whole share: the part's rows are written.
 
         Returns:
-            what could not be read.
+            what was read, and what could not be.
 
         Raises:
             DataError: a caption cannot be tokenized, or `TRIES` samples in a row cannot be read.
@@ -153,6 +154,7 @@ class Mixture:
         for row, place in zip(rows, self.places(step, part, parts), strict=True):
             pixels, caption, name = self._sample(place, tally)
             images[row] = torch.from_numpy(pixels)
+            tally.names.append(name)
             try:
                 ids[row] = self.tokenizer([caption])[0]
             except ValueError as error:

@@ -41,6 +41,7 @@ class Readers:
     def __init__(self, batches: Mixture, workers: int, *, ahead: int = 3, max_unreadable: float = 0.01):
         self.batches, self.tokenizer = batches, batches.tokenizer
         self.unreadable = Unreadable(max_unreadable)
+        self.names: list[str] = []  # of the samples of the last batch
         self._memory = _Memory(batches, ahead if workers else 1)
         self._steps: deque[int] = deque()  # under way, oldest first
         self._replies: dict[int, dict[str, Tally | str]] = {}  # of these, by the reader's name
@@ -66,16 +67,20 @@ class Readers:
         """
         slot = self._memory.slot(step)
         if not self._readers:
-            self.unreadable.add(self.batches.read(step, *slot))
+            replies: list[Tally | str] = [self.batches.read(step, *slot)]
         else:
             if not self._steps or self._steps[0] != step:
                 self._go_to(step)
             self._wait_for(step)
             self._steps.popleft()
-            for reply in self._replies.pop(step).values():
-                if isinstance(reply, str):
-                    raise DataError(reply)
-                self.unreadable.add(reply)
+            by_name = self._replies.pop(step)
+            replies = [by_name[process.name] for process in self._readers.values()]
+        self.names = []
+        for reply in replies:
+            if isinstance(reply, str):
+                raise DataError(reply)
+            self.unreadable.add(reply)
+            self.names += reply.names
         images, ids = normalized(slot[0]), slot[1].clone()
         if self._readers:
             self._ask(step + self._memory.ahead)  # its slot is that of this step

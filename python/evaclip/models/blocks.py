@@ -1,14 +1,22 @@
 """What both towers share: norms, the residual stream and how blocks pass it on, stochastic depth, initial values."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from evakernels import add_norm, layer_norm, norm_add, rms_norm
+
+Checkpointing = Literal["none", "block", "selective"]
+# What selective checkpointing keeps the results of; what lies between them is bound by memory, and cheap to repeat.
+EXPENSIVE = [
+    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
+    *(torch.ops.evakernels.attention.default, torch.ops.evakernels.attention_qkvpacked.default),
+]
 
 
 class Norm(nn.Module):
@@ -74,16 +82,19 @@ class Stream(NamedTuple):
         return self._replace(x=function(self.x), branch=None if self.branch is None else function(self.branch))
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, checkpointing: bool) -> Stream:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, checkpointing: Checkpointing) -> Stream:
     """Pass the residual stream through the blocks, `block(stream, *args) -> Stream`.
 
     With checkpointing a block keeps one tensor, its input with every branch added, and the backward pass computes
-    the rest again, with the same random numbers.
+    the rest again, with the same random numbers. "selective" keeps results of matrix products and attention as well.
     """
     stream = Stream(x)
+    selective = partial(create_selective_checkpoint_contexts, EXPENSIVE)
+    context = selective if checkpointing == "selective" else noop_context_fn
     for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            stream = Stream(checkpoint(_added_up, block, stream.sum(), *args, use_reentrant=False))
+        if checkpointing != "none" and torch.is_grad_enabled():
+            x = checkpoint(_added_up, block, stream.sum(), *args, use_reentrant=False, context_fn=context)
+            stream = Stream(x)
         else:
             stream = block(stream, *args)
     return stream

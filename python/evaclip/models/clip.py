@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from evaclip.models.blocks import normalize
+from evaclip.models.blocks import Checkpointing, normalize
 from evaclip.models.config import ClipConfig
 from evaclip.models.text import TextTower
 from evaclip.models.vision import VisionTower
@@ -78,9 +78,15 @@ class CLIP(nn.Module):
         image_features = encode(images, kept=kept, normalize=True)
         return image_features, self.encode_text(ids, normalize=True), self.logit_scale.exp()
 
-    def set_checkpointing(self, enabled: bool = True) -> None:
-        """Keep one tensor per block for the backward pass and compute the rest of it again."""
-        self.visual.checkpointing = self.text.checkpointing = enabled
+    def set_checkpointing(self, how: Checkpointing | bool = "block") -> None:
+        """What blocks keep for the backward pass, which computes the rest again.
+
+        "none": all; "block" or True: one tensor each; "selective": results of matrix products and attention, too.
+        """
+        if how not in (True, False, "none", "block", "selective"):
+            raise ValueError(f'checkpointing is {how!r}; allowed are "none", "block", "selective", True and False')
+        known: Checkpointing = ("block" if how else "none") if isinstance(how, bool) else how
+        self.visual.checkpointing = self.text.checkpointing = known
 
     def reset_parameters(self) -> None:
         """Draw initial values from torch's generator, as after `to_empty`."""

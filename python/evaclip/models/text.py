@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip.models.blocks import Norm, Stream, init_linear, init_normal, run_blocks
+from evaclip.models.blocks import Checkpointing, Norm, Stream, init_linear, init_normal, run_blocks
 from evaclip.models.config import TextConfig
 from evakernels import attention_qkvpacked, gather_tokens
 
@@ -69,7 +69,7 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig, embed_dim: int):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context, config.width))
         self.transformer = Transformer(config)

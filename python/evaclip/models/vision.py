@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip.models.blocks import Norm, Stream, drop_path_scale, init_linear, init_normal, run_blocks
+from evaclip.models.blocks import Checkpointing, Norm, Stream, drop_path_scale, init_linear, init_normal, run_blocks
 from evaclip.models.config import VisionConfig
 from evakernels import Rope2d, gather_tokens, patchify
 from evakernels.nn import Attention, SwiGLU
@@ -92,7 +92,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, embed_dim: int):
         super().__init__()
         self.config, self.grid, self.patches = config, config.grid, config.patches
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.patches, config.width))

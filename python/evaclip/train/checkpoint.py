@@ -31,13 +31,25 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, truncated, of another run, or could not be written; the message names the file."""
 
 
-def save(run: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer, trainer: dict, ranks: Ranks) -> None:
-    """Write the checkpoint of `trainer["step"]` and drop all but the newest ones; all processes of a run must call.
+def state_of(model: nn.Module, optimizer: Optimizer, trainer: dict, ranks: Ranks) -> dict[str, Any]:
+    """What this process has to write: `trainer`, and where parameters are not sharded the first one all else, too.
+
+    Tensors are the run's own, which the next step changes.
+    """
+    if sharded(model):
+        return {"trainer": trainer, "shards": _states(model, optimizer)}
+    if not ranks.first:
+        return {"trainer": trainer}
+    return {"trainer": trainer | {"optimizer": optimizer.state_dict()}, "weights": model.state_dict()}
+
+
+def save(run: Path, recipe: Recipe, state: dict[str, Any], ranks: Ranks) -> None:
+    """Write the checkpoint of a `state_of` and drop all but the newest ones; all processes of a run must call.
 
     Raises:
         CheckpointError: it could not be written (the disk is full, say); the ones before are untouched.
     """
-    folder = run / "checkpoints" / f"step-{trainer['step']:08d}"
+    folder = run / "checkpoints" / f"step-{state['trainer']['step']:08d}"
     partial = folder.with_name(folder.name + ".partial")
 
     def prepare() -> None:
@@ -46,15 +58,15 @@ def save(run: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer, trai
         partial.mkdir(parents=True)
 
     def write() -> None:
-        if sharded(model):
-            dcp.save(_states(model, optimizer), checkpoint_id=partial / SHARDS)
-        elif ranks.first:
-            write_weights(model, partial)
-            trainer["optimizer"] = optimizer.state_dict()
+        if "shards" in state:
+            dcp.save(state["shards"], checkpoint_id=partial / SHARDS, process_group=ranks.group)
+        if "weights" in state:
+            # Safetensors stores no strides and no sharing, so neither may a tensor have them.
+            save_file({k: v.detach().contiguous() for k, v in state["weights"].items()}, partial / WEIGHTS)
 
     def finish() -> None:
         save_recipe(recipe, partial / "recipe.json")
-        torch.save(trainer, partial / TRAINER)
+        torch.save(state["trainer"], partial / TRAINER)
         for path in partial.rglob("*"):
             flush(path)
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,12 +93,6 @@ def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def sharded(model: nn.Module) -> bool:
     """Whether this process has but a part of the parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def write_weights(model: nn.Module, folder: Path) -> None:
-    """One safetensors file of all weights."""
-    # Safetensors stores no strides and no sharing, so neither may a tensor have them.
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
 
 
 def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:

@@ -66,14 +66,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["initial_lr"] * share * group["lr_scale"]
 
 
+def take_step(optimizer: torch.optim.Optimizer, divisor: float) -> None:
+    """One step by the gradients over `divisor`.
+
+    The optimizer divides: it does so in float32, where small float16 gradients keep their digits, and needs no pass
+    over memory of its own.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    optimizer.grad_scale = torch.full((), divisor, device=device)  # type: ignore[attr-defined]  # GradScaler's protocol
+    optimizer.step()
+
+
 def build_optimizer(model: CLIP, recipe: recipes.Optimizer) -> torch.optim.Optimizer:
     """The recipe's optimizer over `parameter_groups`."""
     groups = parameter_groups(model, recipe)
     if recipe.name == "adamw":
         if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
             raise recipes.RecipeError(
-                "optimizer.name is 'adamw' with compute.precision 'bf16', but AdamW keeps no float32 masters; "
-                "use 'lamb', or 'amp_bf16'"
+                "optimizer.name is 'adamw' and weights are bfloat16 or float16, but AdamW keeps no float32 masters; "
+                "use 'lamb', or compute.precision 'amp_bf16' or 'amp_fp16'"
             )
         return torch.optim.AdamW(groups, lr=recipe.logit_scale_lr, betas=recipe.betas, eps=recipe.eps, fused=True)
     return ek.FusedLAMB(

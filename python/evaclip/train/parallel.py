@@ -1,11 +1,12 @@
 """How a model is spread over the processes of a run."""
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,31 +16,58 @@ from evaclip.models.clip import CLIP
 from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Compute
 
+BACKEND = "inductor"  # of torch.compile
+
 
 def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) -> nn.Module:
     """The module to call for features whose gradients are averaged over all processes.
 
     "ddp" keeps the whole model in every process. "fsdp" shards parameters, gradients and optimizer state, block by
     block (ZeRO-3); "fsdp2" keeps a block's parameters from the forward to the backward pass (ZeRO-2 with sharded
-    parameters): less communication, more memory.
+    parameters): less communication, more memory. With `compute.shard` below the number of processes each so many of
+    them share one copy (HSDP): parameters are gathered within these, gradients averaged over the copies as well.
     """
+    if compute.compile:
+        compile_blocks(model)
     if ranks.group is None:
         return model
     if compute.parallel == "ddp":
         devices = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(device.type, (ranks.world,))
-    dtype = torch.bfloat16 if compute.precision == "amp_bf16" else None
+    shard = compute.shard or ranks.world
+    copies = ranks.world // shard
+    shape, names = ((copies, shard), ("copies", "shards")) if copies > 1 else ((shard,), ("shards",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    dtype = compute.half if compute.autocasts else None
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "reshard_after_forward": compute.parallel == "fsdp",
         "ignored_params": {model.logit_scale},  # a scalar cannot be sharded: `averaged` sees to its gradient
     }
-    for block in (*model.visual.blocks, *model.text.transformer.resblocks):
+    # A block's last product is a view; the warning is about changing such outputs in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for block in blocks_of(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
     return model
+
+
+def blocks_of(model: CLIP) -> list[nn.Module]:
+    """The blocks of both towers."""
+    return [*model.visual.blocks, *model.text.transformer.resblocks]
+
+
+def compile_blocks(model: CLIP) -> None:
+    """Compile the forward pass of each block; what hooks do around it (checkpointing, gathering shards) stays outside.
+
+    Blocks of one shape share their code, but for stochastic depth, whose rate differs from block to block; with and
+    without dropped patches, with and without gradients are versions, too.
+    """
+    blocks, config = blocks_of(model), torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=BACKEND, fullgraph=True, dynamic=False)
 
 
 def averaged(model: CLIP, compute: Compute, ranks: Ranks) -> None:
@@ -49,16 +77,25 @@ def averaged(model: CLIP, compute: Compute, ranks: Ranks) -> None:
         model.logit_scale.grad /= ranks.world
 
 
-def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
-    """The norm of all gradients, of all shards; where it exceeds `limit` they are scaled to it."""
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    plain = [p for p in parameters if not isinstance(p, DTensor)]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in (sharded, plain)]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.linalg.vector_norm(torch.stack(whole)) if sharded else whole[1]
-    for some in (sharded, plain):
-        torch.nn.utils.clip_grads_with_norm_(some, limit, norm)
-    return norm
+def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of all gradients, of all shards; float32 whatever their dtype is, on every process the same."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+    total = _square([grad for grad in grads if not isinstance(grad, DTensor)], grads[0].device)
+    if sharded:  # all of them alike, by `spread`
+        square = _square([grad.to_local() for grad in sharded], grads[0].device)
+        for dim, placement in enumerate(sharded[0].placements):
+            if placement.is_shard():
+                dist.all_reduce(square, group=sharded[0].device_mesh.get_group(dim))
+        total = total + square
+    return total.sqrt()
+
+
+def _square(tensors: list[Tensor], device: torch.device) -> Tensor:
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
 
 
 @contextlib.contextmanager

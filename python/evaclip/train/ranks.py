@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from evaclip.device import pick_device
 
@@ -79,9 +80,20 @@ def join(device: str, minutes: float) -> tuple[Ranks, torch.device]:
         found = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(found)
     if not dist.is_initialized():
-        backend = "nccl" if found.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        backend, patience = "nccl" if found.type == "cuda" else "gloo", timedelta(minutes=minutes)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives processes that are restarted: they must not meet addresses of the dead there.
+            store, rank, world = next(rendezvous("env://", timeout=patience))
+            store = dist.PrefixStore(f"restart {restarts()}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+        else:
+            dist.init_process_group(backend, timeout=patience)
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), found
+
+
+def restarts() -> int:
+    """How often torchrun has restarted this process, because one of its server failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def leave() -> None:

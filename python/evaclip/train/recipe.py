@@ -140,18 +140,37 @@ class Loss:
 class Compute:
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"."""
-    precision: Literal["fp32", "amp_bf16", "bf16"] = "fp32"
-    """float32; bfloat16 autocast over float32 weights; or bfloat16 weights with float32 masters in the optimizer."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp16"] = "fp32"
+    """float32; bfloat16 or float16 autocast over float32 weights; or such weights, with masters in the optimizer."""
+    loss_scale: float = 65536.0
+    """float16: what the loss is multiplied with at first; halved where gradients overflow, their step is skipped."""
+    loss_scale_window: int = 1000
+    """float16: good steps in a row after which the scale is doubled."""
     micro_batches: int = 1
     """Compute the batch in this many parts, exactly: features first, then gradients (arXiv 2101.06983)."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "block", "selective"] | bool = "none"
+    """Recompute in the backward pass, instead of keeping it: each block ("block", true), or what of it is not the
+    result of a matrix product or of attention ("selective")."""
+    compile: bool = False
+    """Compile each block with torch.compile, for shapes that do not change; the first steps take minutes."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
     parallel: Literal["ddp", "fsdp", "fsdp2"] = "ddp"
     """Of several processes: the whole model in each; sharded (ZeRO-3); sharded, but whole until backward (ZeRO-2)."""
+    shard: int = 0
+    """fsdp, fsdp2: processes, next to each other, that share one copy of the model (those of a server); 0: all."""
     timeout: float = 10.0
     """Minutes that a process waits for the others before the run ends with an error."""
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of matrix products, None where it is float32."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision.removeprefix("amp_"))
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether weights are float32 all the same."""
+        return self.precision.startswith("amp_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +185,16 @@ class Run:
     """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
     keep: int = 2
     """Checkpoints kept."""
+    async_checkpoints: bool = False
+    """Train on while a checkpoint is written, from a copy in the CPU's memory; the next one waits for it."""
     max_skipped: int = 20
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too, project "evaclip"; its own variables (WANDB_MODE ...) hold."""
+    sample_log: bool = False
+    """Write the names of each step's samples to samples-<rank>.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +313,20 @@ class Recipe:
             ),
             (0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", self.loss.label_smoothing, "in [0, 1)"),
             (compute.threads >= 0, "compute.threads", compute.threads, "at least 0"),
+            (
+                not (compute.compile and compute.activation_checkpointing == "selective"),
+                "compute.activation_checkpointing",
+                "selective",
+                "'none' or 'block' with compute.compile, which itself recomputes what is cheap",
+            ),
+            (compute.loss_scale >= 1, "compute.loss_scale", compute.loss_scale, "at least 1"),
+            (compute.loss_scale_window >= 1, "compute.loss_scale_window", compute.loss_scale_window, "at least 1"),
+            (
+                compute.shard == 0 or (compute.shard >= 1 and compute.parallel != "ddp"),
+                "compute.shard",
+                compute.shard,
+                "0, or with compute.parallel 'fsdp' or 'fsdp2' a divisor of the number of processes",
+            ),
             (compute.timeout > 0, "compute.timeout", compute.timeout, "above 0"),
             (0 <= run.seed < 2**63, "run.seed", run.seed, "0 to 2^63 - 1"),
             (fixed is None or fixed > 0, "loss.fixed_logit_scale", fixed, "above 0"),
@@ -358,8 +397,8 @@ def load_recipe(name: str) -> Recipe:
 
 def build_model(recipe: Recipe, device: str | torch.device) -> CLIP:
     """A recipe's model on a device, in the dtype it is trained in, with initial values."""
-    model = recipe.model
-    dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else None
+    model, compute = recipe.model, recipe.compute
+    dtype = None if compute.autocasts else compute.half
     return create_model(model.name, device=device, dtype=dtype, vision=model.vision, text=model.text)
 
 

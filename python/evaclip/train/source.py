@@ -29,6 +29,11 @@ class Source(Protocol):
 
     tokenizer: Tokenizer
 
+    @property
+    def names(self) -> list[str]:
+        """What the samples of the last batch are called: shard and key, file, or caption."""
+        ...
+
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Normalised images (b, C, H, W), or videos (b, frames, C, H, W), and token ids (b, context) of a step.
 
@@ -44,18 +49,22 @@ class Tokenized:
         self.batches, self.tokenizer = batches, tokenizer
         self.reader = ThreadPoolExecutor(1, "evaclip-reader") if ahead else None
         self.next: tuple[int, Future] | None = None
+        self.names: list[str] = []
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         if self.reader is None:
-            return self._read(step)
+            images, ids, self.names = self._read(step)
+            return images, ids
         ready = self.next[1] if self.next and self.next[0] == step else self.reader.submit(self._read, step)
         self.next = step + 1, self.reader.submit(self._read, step + 1)
-        return ready.result()
+        images, ids, self.names = ready.result()
+        return images, ids
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+    def _read(self, step: int) -> tuple[Tensor, Tensor, list[str]]:
         images, captions = self.batches.batch(step)
+        names = self.batches.names if isinstance(self.batches, CaptionBatches) else captions
         try:
-            return images, self.tokenizer(captions)
+            return images, self.tokenizer(captions), names
         except ValueError as error:
             raise DataError(str(error)) from error
 
@@ -75,9 +84,12 @@ class Staged:
 
     def __init__(self, sources: list[Source], firsts: list[int]):
         self.sources, self.firsts, self.tokenizer = sources, firsts, sources[0].tokenizer
+        self.names: list[str] = []
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return self.sources[bisect(self.firsts, step) - 1].batch(step)
+        source = self.sources[bisect(self.firsts, step) - 1]
+        batch, self.names = source.batch(step), source.names
+        return batch
 
 
 def open_stages(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 1) -> Source:

@@ -14,9 +14,15 @@ ALONE = Ranks()
 
 
 def forward_backward(
-    model: nn.Module, images: Tensor, ids: Tensor, kept: Tensor | None, recipe: Recipe, ranks: Ranks = ALONE
+    model: nn.Module,
+    images: Tensor,
+    ids: Tensor,
+    kept: Tensor | None,
+    recipe: Recipe,
+    ranks: Ranks = ALONE,
+    loss_scale: float = 1.0,
 ) -> dict:
-    """Accumulate the gradient of the contrastive loss of one batch into the parameters.
+    """Accumulate the gradient of the contrastive loss of one batch, times `loss_scale`, into the parameters.
 
     A contrast is over the whole batch, so micro-batches need two passes: features of all without a graph, the loss
     on them, then each micro-batch again with the gradient of its features. Random numbers are replayed, so the
@@ -30,8 +36,9 @@ def forward_backward(
         loss, image_to_text and text_to_image (in-batch top-1 accuracies), logit_scale: tensors without a graph, of the
         whole batch.
     """
-    parts = recipe.compute.micro_batches
-    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.compute.precision == "amp_bf16")
+    compute = recipe.compute
+    parts = compute.micro_batches
+    autocast = torch.autocast(images.device.type, compute.half or torch.bfloat16, enabled=compute.autocasts)
 
     def encode(images: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with autocast:
@@ -47,7 +54,7 @@ def forward_backward(
             batch_sizes=ranks.sizes(recipe.data.batch_size),
             label_smoothing=recipe.loss.label_smoothing,
         )
-        loss.backward()
+        (loss * loss_scale).backward()
         metrics = {"loss": loss.detach(), "image_to_text": image_to_text, "text_to_image": text_to_image}
         return metrics | {"logit_scale": torch.as_tensor(scale if fixed is None else fixed).detach()}
 

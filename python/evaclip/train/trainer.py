@@ -13,16 +13,20 @@ import torch
 
 import evakernels as ek
 from evaclip import flops
-from evaclip.data.common import DataError
+from evaclip.data.common import DataError, extra
 from evaclip.gpus import gpu_of
 from evaclip.train import checkpoint
-from evaclip.train.log import RunLog
-from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
-from evaclip.train.parallel import averaged, clip_grad_norm, spread
+from evaclip.train.log import Rows, RunLog
+from evaclip.train.loss_scale import LossScale
+from evaclip.train.optim import build_optimizer, set_learning_rate, take_step, warmup_cosine
+from evaclip.train.parallel import averaged, grad_norm, spread
 from evaclip.train.ranks import Ranks, join, lost
 from evaclip.train.recipe import Recipe, RecipeError, Stage, build_model, load_recipe, save_recipe, start
 from evaclip.train.source import open_stages
 from evaclip.train.step import forward_backward, random_state, set_random_state
+from evaclip.train.writer import Writer
+
+CLIP_EPS = 1e-6  # added to the norm that is held against its limit, as PyTorch and DeepSpeed do
 
 
 class Trainer:
@@ -36,6 +40,8 @@ class Trainer:
         self.recipe, self.folder = recipe, folder
         self.ranks, self.device = join(recipe.compute.device, recipe.compute.timeout)
         _check_shares(recipe, self.ranks)
+        if recipe.run.wandb:
+            extra("wandb", "wandb", "run.wandb", group=None)
         if recipe.compute.threads:
             torch.set_num_threads(recipe.compute.threads)
         torch.manual_seed(recipe.run.seed)
@@ -53,6 +59,10 @@ class Trainer:
         self.source = open_stages(recipe, self.model.config, self.ranks.rank, self.ranks.world)
         self.forward = spread(self.model, recipe.compute, self.ranks, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.writer = Writer(recipe, self.ranks)
+        self.scale = LossScale()
+        if recipe.compute.half == torch.float16:
+            self.scale = LossScale(recipe.compute.loss_scale, recipe.compute.loss_scale_window)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.waited = 0.0  # seconds that the last step waited for its batch
         self.stop: str | None = None  # why the run is to end after the step at hand
@@ -70,10 +80,12 @@ class Trainer:
         """
         recipe, steps = self.recipe, self.schedule.steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = None
+        log = samples = None
         if self.ranks.first:
             save_recipe(recipe, self.folder / "recipe.json")
-            log = RunLog(self.folder, steps, self.step, recipe.run.tensorboard)
+            log = RunLog(self.folder, recipe, self.step)
+        if recipe.run.sample_log:
+            samples = Rows(self.folder / f"samples-{self.ranks.rank}.jsonl", self.step)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         saved = self.step
         try:
@@ -86,6 +98,8 @@ class Trainer:
                     self.stop = str(error)
                     break
                 seconds = time.perf_counter() - began
+                if samples:
+                    samples.add(self.step - 1, names=self.source.names)
                 if log:
                     self._report(log, metrics, seconds)
                 if self.step % recipe.run.save_every == 0:
@@ -93,17 +107,23 @@ class Trainer:
                     saved = self.step
             if saved != self.step:
                 self.save()
+            self.writer.wait()
         except RuntimeError as error:
             raise lost(self.ranks, error, checkpoint.checkpoints(self.folder)) or error from None
         finally:
-            if log:
-                log.close()
+            self.writer.close()
+            for file in (log, samples):
+                if file:
+                    file.close()
             for s, handler in before.items():
                 signal.signal(s, handler)
         return self.stop or "finished"
 
     def train_step(self) -> dict[str, float | str]:
-        """One optimizer step; a non-finite loss or gradient norm leaves weights and optimizer as they were."""
+        """One optimizer step; a non-finite loss or gradient norm leaves weights and optimizer as they were.
+
+        Gradients that overflow though the loss is finite only shrink the loss scale, if there is one.
+        """
         recipe = self.recipe
         share = warmup_cosine(self.step, self.schedule)
         set_learning_rate(self.optimizer, share)
@@ -111,25 +131,38 @@ class Trainer:
         images, ids = self._batch()
         self.waited = time.perf_counter() - began
         images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
-        tensors = forward_backward(self.forward, images, ids, self._kept(len(images)), recipe, self.ranks)
+        kept, scale = self._kept(len(images)), self.scale.value
+        tensors = forward_backward(self.forward, images, ids, kept, recipe, self.ranks, scale)
         averaged(self.model, recipe.compute, self.ranks)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        tensors["grad_norm"] = clip_grad_norm(parameters, recipe.optimizer.clip_grad_norm or math.inf)
+        tensors["grad_norm"] = grad_norm(parameters) / scale
+        ratios = getattr(self.optimizer, "trust_ratios", None)  # of the step before: those of this one nobody has yet
+        if ratios is not None:
+            tensors["trust_ratio_min"], tensors["trust_ratio_max"] = ratios.unbind()
         values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
         metrics: dict = dict(zip(tensors, values, strict=True))
-        if broken := [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]:
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+        overflow = broken == ["grad_norm"] and self.scale.can_shrink
+        if overflow or not broken:
+            self.scale.update(overflow)
+        if overflow:
+            del metrics["grad_norm"]
+        elif broken:
             self.skipped += 1
             self.skipped_in_a_row += 1
             metrics = {"skipped": f"{' and '.join(broken)} not finite"}
             if self.skipped_in_a_row >= recipe.run.max_skipped:
                 self.stop = f"{self.skipped_in_a_row} steps in a row were not finite; the last good weights are saved"
         else:
-            self.optimizer.step()
+            limit = recipe.optimizer.clip_grad_norm or math.inf
+            take_step(self.optimizer, scale * max(1.0, (metrics["grad_norm"] + CLIP_EPS) / limit))
             if recipe.loss.fixed_logit_scale is None:
                 with torch.no_grad():
                     self.model.logit_scale.clamp_(0, math.log(recipe.loss.max_logit_scale))
             self.skipped_in_a_row = 0
-            metrics |= {"lr": recipe.optimizer.visual_lr * share}
+            metrics["lr"] = recipe.optimizer.visual_lr * share
+        if recipe.compute.half == torch.float16 and "skipped" not in metrics:
+            metrics |= {"loss_scale": scale, "overflows": self.scale.overflows}
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return metrics
@@ -161,8 +194,15 @@ class Trainer:
         return batch
 
     def _stopping(self) -> bool:
-        """Whether any process is to stop: a signal may have reached one of them alone."""
-        if self.ranks.worst(int(self.stop is not None), self.device):
+        """Whether any process is to stop: a signal may have reached one of them alone.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written in the background.
+        """
+        worst = self.ranks.worst(2 if self.writer.failed else int(self.stop is not None), self.device)
+        if worst == 2:
+            self.writer.wait()
+        elif worst:
             self.stop = self.ranks.told(self.stop)
         return self.stop is not None
 
@@ -203,16 +243,17 @@ class Trainer:
         self.stop = signal.Signals(number).name
 
     def save(self) -> None:
-        """Write a checkpoint of everything the next step depends on."""
+        """Write a checkpoint of everything the next step depends on, now or in the background."""
         trainer = {
             "step": self.step,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "loss_scale": dataclasses.asdict(self.scale),
             "random": self.ranks.all(random_state(self.device)),
         }
         self.saving = True
         try:
-            checkpoint.save(self.folder, self.recipe, self.model, self.optimizer, trainer, self.ranks)
+            self.writer.save(self.folder, checkpoint.state_of(self.model, self.optimizer, trainer, self.ranks))
         finally:
             self.saving = False
 
@@ -229,6 +270,9 @@ class Trainer:
         for group, of_this_recipe in zip(self.optimizer.param_groups, options, strict=True):
             group.update(of_this_recipe)  # a state dict brings the options of the run that wrote it along
         self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
+        window = self.scale.window
+        self.scale = LossScale(**state["loss_scale"])
+        self.scale.window = window  # of this recipe
         if len(state["random"]) == self.ranks.world:
             set_random_state(state["random"][self.ranks.rank], self.device)
 
@@ -240,3 +284,6 @@ def _check_shares(recipe: Recipe, ranks: Ranks) -> None:
             f"data.batch_size is {recipe.data.batch_size}, but {ranks.world} processes with compute.micro_batches "
             f"{recipe.compute.micro_batches} need {needed} samples at least"
         )
+    shard = recipe.compute.shard
+    if shard and ranks.world % shard:
+        raise RecipeError(f"compute.shard is {shard}, but {ranks.world} processes cannot be divided into so many each")
