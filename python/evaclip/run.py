@@ -46,7 +46,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
         folder = checkpoint.latest(Path(path))
         recipe = load_recipe(str(folder / "recipe.json"))
         model, tokenizer = build_model(recipe, device), recipe.data.tokenizer
-        checkpoint.load_weights(folder, model)
+        load_checkpoint(model, folder)
     vision = model.config.vision
     return Loaded(
         model.eval(),

@@ -70,6 +70,7 @@ def pieces():
 
 def test_dtypes_change_but_that_of_the_scale(source, tmp_path):
     evaclip.convert(source, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert (tmp_path / "half.safetensors").stat().st_mode == source.stat().st_mode  # anyone's who may read the source
     half = load_file(tmp_path / "half.safetensors")
     assert half.pop("logit_scale").dtype == torch.float32
     assert all(torch.equal(value, weights_of()[key].half()) for key, value in half.items())
@@ -141,15 +142,58 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(source, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"native.pt", "more.pt", "gamma.pt"}
 
 
-def test_a_write_that_fails_leaves_nothing_behind(source, tmp_path, monkeypatch):
-    def full_disk(*arguments, **named):
-        Path(arguments[1]).write_bytes(b"a part")
-        raise OSError("No space left on device")
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the size of files stands for a full disk")
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
+def test_a_write_that_fails_leaves_nothing_behind(name, source, tmp_path, capsys):
+    import resource
 
-    monkeypatch.setattr("evaclip.weights.convert.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        evaclip.convert(source, tmp_path / "out.safetensors")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, unlimited[1]))
+    try:
+        assert main(["convert", str(source), str(tmp_path / name)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert f"{tmp_path / name} could not be written, and nothing of it is left" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["native.pt"]
+
+
+def test_what_others_wrote_meanwhile_or_under_a_like_name_stays(source, tmp_path, monkeypatch):
+    other = tmp_path / "out.safetensors.partial"
+    other.write_text("another's")
+    evaclip.convert(source, tmp_path / "out.safetensors")
+    assert other.read_text() == "another's"
+
+    def slow(tensors, path, **named):
+        save_file(tensors, path, **named)
+        (tmp_path / "late.safetensors").write_text("another's")
+
+    monkeypatch.setattr("evaclip.weights.convert.save_file", slow)
+    with pytest.raises(FileExistsError, match="is there already"):
+        evaclip.convert(source, tmp_path / "late.safetensors")
+    assert (tmp_path / "late.safetensors").read_text() == "another's"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"to": "openclip"}, "to is 'openclip'; allowed: 'native', 'timm', 'open_clip' or 'hf'"),
+        ({"part": "image"}, "part is 'image'; allowed: 'visual', 'text' or None"),
+        ({"dtype": torch.int8}, "dtype is torch.int8; give one of floating point"),
+    ],
+)
+def test_options_that_are_none_are_refused(options, words, source, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        evaclip.convert(source, tmp_path / "out.pt", **options)
+
+
+def test_a_value_beyond_the_dtype_is_refused(tmp_path):
+    weights = weights_of()
+    weights["visual.head.bias"][3] = -7e4
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"visual.head.bias has values that float16 cannot hold; take bfloat16"):
+        evaclip.convert(tmp_path / "w.pt", tmp_path / "half.safetensors", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+    evaclip.convert(tmp_path / "w.pt", tmp_path / "half.pt", dtype=torch.bfloat16)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read and reset in /proc")

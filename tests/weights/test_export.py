@@ -1,16 +1,17 @@
 """Folders to publish: what they hold, and what evaclip reads out of them."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from weights.small import same, small
 
 import evaclip
 from evaclip.cli import main
-from evaclip.train.checkpoint import write_weights
-from evaclip.train.recipe import Data, Model, Recipe, save_recipe
+from evaclip.train.recipe import Data, Model, Recipe, load_recipe, save_recipe
 from evaclip.weights.dialects import read, write
-from evaclip.weights.export import identified
+from evaclip.weights.export import exported, identified
 from evaclip.weights.lazy import full
 
 WORDS = "words:zero one two three four five six seven eight nine"
@@ -40,7 +41,7 @@ def test_a_run_is_exported_and_loaded_with_its_tokenizer(tmp_path, capsys):
     for place in (run, folder):
         save_recipe(recipe, place / "recipe.json")
     model = evaclip.create_model("EVA02-CLIP-tiny-digits")
-    write_weights(model, folder)
+    save_file(model.state_dict(), folder / "model.safetensors")
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert "config.json, model.safetensors, recipe.json" in capsys.readouterr().out
     loaded, tokenizer, _ = evaclip.load(tmp_path / "out")
@@ -52,6 +53,32 @@ def test_a_run_is_exported_and_loaded_with_its_tokenizer(tmp_path, capsys):
         assert line in card
     assert main(["export", str(run), str(tmp_path / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_what_a_recipe_leaves_out_is_its_default(tmp_path):
+    model = evaclip.create_model("EVA02-CLIP-tiny")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    recipe = {"name": "short", "model": {"name": "EVA02-CLIP-tiny"}, "data": {"tokenizer": "words:a b"}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    evaclip.export(tmp_path / "model.safetensors", tmp_path / "out")
+    assert load_recipe(str(tmp_path / "out" / "recipe.json")) == load_recipe(str(tmp_path / "recipe.json"))
+    assert exported(tmp_path / "out") == (model.config, "words:a b")
+
+
+def test_a_configuration_that_export_did_not_write_is_named(tmp_path):
+    model = small("EVA-CLIP-8B", vocabulary=49408)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    evaclip.export(tmp_path / "w.pt", tmp_path / "out", model=model)
+    content = (tmp_path / "out" / "config.json").read_text()
+    for old, new, words in (
+        ("{", '{"later": 1,', "later is no field"),
+        ('"image_size": 28', '"image_size": "x"', "vision.image_size is 'x'"),
+    ):
+        (tmp_path / "config.json").write_text(content.replace(old, new, 1))
+        with pytest.raises(ValueError, match=f"config.json: {words}"):
+            exported(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert exported(tmp_path) is None
 
 
 def test_a_vocabulary_that_is_not_clips_needs_the_run(tmp_path):

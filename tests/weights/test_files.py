@@ -2,6 +2,8 @@
 
 import enum
 import json
+import os
+import pickle
 import sys
 import types
 
@@ -40,9 +42,31 @@ def test_an_index_of_several_files_is_one_checkpoint(suffix, tmp_path):
     (tmp_path / f"part-1{suffix}").unlink()
     with pytest.raises(FileNotFoundError, match=f"names files that are not beside it: 'part-1{suffix}'"):
         open_weights(index)
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="is no index of weights"):
-        open_weights(index)
+    for content in ("[]", '{"weight_map": {"key": 3}}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="is no index of weights"):
+            open_weights(index)
+
+
+@pytest.mark.parametrize("name", ["../part.safetensors", "/tmp/part.safetensors", "model.safetensors.index.json"])
+def test_an_index_names_files_of_weights_beside_it_alone(name, tmp_path, on_the_hub):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file({"key": torch.ones(2)}, tmp_path / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"key": name}}))
+    with pytest.raises(ValueError, match=rf"names '{name}'; an index names files beside it, \*.safetensors, "):
+        open_weights(folder)
+    (folder / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.json")
+    hub = on_the_hub("model.safetensors.index.json")
+    with pytest.raises(FileNotFoundError, match=f"names '{name}'"):
+        evaclip.create_model(NAME, checkpoint="owner/name")
+    assert hub.asked == ["model.safetensors.index.json"]
+
+
+def test_names_that_are_no_words_are_named(tmp_path):
+    torch.save({0: torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"holds entries that are no tensors by name: 0;"):
+        open_weights(tmp_path / "w.pt")
 
 
 def test_a_folder_must_tell_which_file_is_meant(tmp_path):
@@ -62,9 +86,47 @@ def test_a_sharded_checkpoint_is_read_by_the_models_part(tmp_path):
     moments = {"optimizer": {"state": {"visual.norm.weight": {"exp_avg": torch.zeros(64)}}}}
     dcp.save({"model": weights} | moments, checkpoint_id=tmp_path / "shards", no_dist=True)
     assert same(read(tmp_path), weights) and same(read(tmp_path / "shards"), weights)
-    next((tmp_path / "shards").glob("*.distcp")).unlink()
-    with pytest.raises(ValueError, match=r"lacks files that its .metadata names: '__0_0.distcp'"):
+    shard = next((tmp_path / "shards").glob("*.distcp"))
+    content = shard.read_bytes()
+    shard.write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match=r"cannot read .* of .*shards: a file of it is damaged"):
+        read(tmp_path)
+    for cut in (content[:-1], b""):
+        shard.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: __0_0.distcp; was"):
+            open_weights(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"lacks files that its .metadata names, or ends .*: __0_0.distcp; was"):
         open_weights(tmp_path)
+
+
+class Runs:
+    """Calls a function, by a name of its own or by one that a harmless module leads to, when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("by", ["its own name", "another's"])
+def test_a_sharded_checkpoint_runs_no_code(by, tmp_path):
+    dcp.save(weights_of(), checkpoint_id=tmp_path, no_dist=True)
+    attack = pickle.dumps(Runs(os.mkdir, str(tmp_path / "made")), protocol=4)
+    if by == "another's":  # which that module imports
+        own, others = (
+            b"\x8c\x05posix\x94\x8c\x05mkdir",
+            b"\x8c'torch.distributed.checkpoint.filesystem\x94\x8c\x08os.mkdir",
+        )
+        assert own in attack
+        attack = b"\x80\x04" + attack[11:].replace(own, others)  # without the frame, whose length it was
+    (tmp_path / ".metadata").write_bytes(attack)
+    with pytest.raises(
+        ValueError, match=r"cannot read .*\.metadata: it pickles a .*mkdir, and no code of a file is run"
+    ):
+        open_weights(tmp_path)
+    assert not (tmp_path / "made").exists()
 
 
 # DeepSpeed's own classes, pickled beside the tensors; nothing of them is there when the files are read.
@@ -160,6 +222,18 @@ def test_shards_of_another_length_are_refused(stage, deepspeed, monkeypatch, tmp
     key = "single_partition_of_fp32_groups" if stage == 1 else "fp32_flat_groups"
     torch.save({"optimizer_state_dict": {"partition_count": 2, key: [torch.zeros(5), torch.zeros(5)]}}, path)
     with pytest.raises(ValueError, match="hold"):
+        open_weights(tmp_path / "z")
+
+
+def test_shards_of_other_groups_are_refused(deepspeed, monkeypatch, tmp_path):
+    write_zero(tmp_path / "z", weights_of(), [], 2, 1, "", deepspeed)
+    monkeypatch.undo()
+    path = tmp_path / "z" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {"single_partition_of_fp32_groups": [torch.zeros(5)]}}, path)
+    with pytest.raises(ValueError, match=r"the model has 2 groups of parameters, the shards \[2, 1\]"):
+        open_weights(tmp_path / "z")
+    torch.save([1], tmp_path / "z" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt is no file of DeepSpeed's"):
         open_weights(tmp_path / "z")
 
 

@@ -160,6 +160,15 @@ def test_what_is_skipped_keeps_its_values(tmp_path):
     assert torch.equal(target.visual.norm.weight, weights["visual.norm.weight"])
 
 
+@pytest.mark.parametrize("skip", ["visual.head", ("visual.heads",)])
+def test_what_is_skipped_must_be_the_models(skip, tmp_path):
+    torch.save(state(), tmp_path / "w.pt")
+    target = model()
+    with pytest.raises(ValueError, match=r"skip names .*, which the model does not have; give a sequence of its keys"):
+        evaclip.load_checkpoint(target, tmp_path / "w.pt", skip=skip)
+    assert same(target.state_dict(), model().state_dict())
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_truncated_file_is_named(tmp_path, suffix, share):
@@ -181,7 +190,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds list, not a dictionary of tensors by name"):
         evaclip.load_checkpoint(model(), path)
     torch.save({"weights": state(), "epoch": 3}, path)
-    with pytest.raises(ValueError, match="entries that are no tensors: 'weights', 'epoch'"):
+    with pytest.raises(ValueError, match="entries that are no tensors by name: 'weights', 'epoch'"):
         evaclip.load_checkpoint(model(), path)
     torch.save({"model": state(), "args": fractions.Fraction(1, 2)}, path)
     with pytest.raises(ValueError, match=r"cannot read .*pickles a fractions.Fraction, and no code of a file is run"):

@@ -142,6 +142,7 @@ def test_transformers_text_tower_is_read_and_computes_the_same(form, tmp_path):
         weights = theirs.state_dict()
         if form == "whole":
             weights |= {"vision_model.pre_layrnorm.weight": torch.ones(4), "visual_projection.weight": torch.ones(4, 4)}
+            weights["vision_model.encoder.layers.0.self_attn.k_proj.bias"] = torch.ones(4)
         torch.save(weights, path := tmp_path / "w.pt")
     report = evaclip.load_checkpoint(model, path, part="text")
     assert report.dialect == "hf" and report.tensors == len(model.text.state_dict())

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from evaclip.models import create_model
+from evaclip.models import create_model, load_checkpoint
 from evaclip.train.recipe import Model, start
 
 
@@ -40,6 +40,21 @@ def test_a_whole_model_moves_to_a_finer_grid(tmp_path):
     assert torch.equal(after["visual.pos_embed"][:, 1:], finer)
     assert torch.equal(after["visual.pos_embed"][:, :1], before["visual.pos_embed"][:, :1])
     assert notes[0].endswith("parameters; interpolated: visual.pos_embed (1, 17, 64) to (1, 37, 64)")
+
+
+def test_an_inner_norm_that_a_masked_image_model_lacks_may_be_kept(tmp_path):
+    source, target = model_of(0), model_of(1)
+    images = {k.removeprefix("visual."): v for k, v in state(source).items() if k.startswith("visual.")}
+    images = {k: v for k, v in images.items() if "inner_attn_ln" not in k and not k.startswith("head.")}
+    path = written(tmp_path / "mim.safetensors", images | {"mask_token": torch.zeros(1, 1, 64)})
+    norms = [block.attn.inner_attn_ln.weight for block in target.visual.blocks]
+    with torch.no_grad():
+        for norm in norms:
+            norm.fill_(3)
+    report = load_checkpoint(target, path, part="visual", skip=("visual.blocks.0.attn.inner_attn_ln",))
+    assert norms[0].eq(3).all() and norms[1].eq(1).all()
+    assert "visual.blocks.0.attn.inner_attn_ln.weight" in report.kept
+    assert "visual.blocks.0.attn.inner_attn_ln.weight" not in report.initialised
 
 
 def test_an_image_tower_starts_from_a_masked_image_model(tmp_path):

@@ -115,19 +115,9 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
             f"run from its weights (--model.checkpoint {folder / WEIGHTS})"
         )
     else:
-        load_weights(folder, model)
+        load_checkpoint(model, folder / WEIGHTS)
         optimizer.load_state_dict(state["optimizer"])
     return state
-
-
-def load_weights(folder: Path, model: CLIP) -> None:
-    """The weights of a checkpoint, sharded or not, into a model that is not."""
-    if (folder / WEIGHTS).is_file() or not (folder / SHARDS).is_dir():
-        load_checkpoint(model, folder / WEIGHTS)
-        return
-    states = {"model": model.state_dict()}
-    dcp.load(states, checkpoint_id=folder / SHARDS, no_dist=True)
-    model.load_state_dict(states["model"])
 
 
 def checkpoints(run: Path) -> list[Path]:

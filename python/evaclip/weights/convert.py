@@ -2,13 +2,15 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,8 +20,11 @@ from evaclip.models.clip import CLIP
 from evaclip.weights import dialects
 from evaclip.weights.files import locate, quoted, run_folder
 from evaclip.weights.lazy import Lazy
-from evaclip.weights.load import Part, fitted, read_pieces
+from evaclip.weights.load import Part, check_option, fitted, read_pieces
 from evaclip.weights.resize import Resize
+
+if TYPE_CHECKING:
+    from evaclip.train.recipe import Recipe
 
 Dialect = Literal["native", "timm", "open_clip", "hf"]
 GB = 10**9
@@ -38,7 +43,7 @@ class Converted:
     left_out: tuple[str, ...]  # of the source: what is not written
 
     def __str__(self) -> str:
-        left_out = f"; left out: {quoted(list(self.left_out))}" if self.left_out else ""
+        left_out = f"; left out: {quoted(self.left_out)}" if self.left_out else ""
         return f"{self.source} to {self.to}: {self.tensors} tensors, {self.parameters:,} parameters{left_out}"
 
 
@@ -73,13 +78,15 @@ def convert(
     Raises:
         FileNotFoundError: no such source.
         FileExistsError: the destination is there already.
-        ValueError: a source that does not fit, or that has tensors for which there is no place in the dialect.
+        ValueError: a source that does not fit, that has tensors for which there is no place in the dialect, or values
+            that `dtype` cannot hold.
+        OSError: the destination could not be written.
     """
     destination = Path(destination)
     _check_destination(destination, shard_size)
     source = locate(source)
-    if model is None:
-        model = model_of_run(source)
+    if model is None and (recipe := recipe_of_run(source)):
+        model = model_of(recipe)
     tensors, dialect, left_out = in_dialect(source, to, model=model, part=part, resize=resize)
     if dtype is not None:
         tensors = {key: in_dtype(key, tensor, dtype) for key, tensor in tensors.items()}
@@ -97,6 +104,8 @@ def in_dialect(
     source: Path, to: Dialect, *, model: CLIP | None, part: Part | None = None, resize: Resize | None = None
 ) -> tuple[dict[str, Lazy], str, tuple[str, ...]]:
     """The tensors at a local path in a dialect, not read yet; the dialect of the source; what of it is left out."""
+    check_option("to", to, *get_args(Dialect))
+    check_option("part", part, *get_args(Part), None)
     if model is not None:
         fit = fitted(source, model, part=part, resize=resize)
         pieces, report = dialects.read(fit.tensors), fit.report
@@ -104,7 +113,7 @@ def in_dialect(
     else:
         if resize is not None:
             raise ValueError("resize needs to know the model whose grid is wanted; name one")
-        pieces = dialects.of_part(read_pieces(source), part)
+        pieces = dialects.of_part(read_pieces(source, part), part)
         dialect, left_out = pieces.dialect, [*pieces.rotary, *pieces.unused]
         if pieces.unknown:
             raise ValueError(f"{source} ({dialect}) holds keys that are not known: {quoted(list(pieces.unknown))}")
@@ -119,15 +128,18 @@ def in_dialect(
     return tensors, dialect, tuple(left_out)
 
 
-def model_of_run(source: Path) -> CLIP | None:
-    """The model, on the meta device, of a run of `evaclip train`, one of its checkpoints, or a file of one."""
-    folder = run_folder(source)
-    if folder is None:
-        return None
+def recipe_of_run(source: Path) -> "Recipe | None":
+    """The recipe of a run of `evaclip train`, one of its checkpoints, or a file of one."""
     from evaclip.train.recipe import load_recipe  # it stands on this package
 
-    recipe = load_recipe(str(folder / "recipe.json")).model
-    return create_model(recipe.name, device="meta", vision=recipe.vision, text=recipe.text)
+    folder = run_folder(source)
+    return load_recipe(str(folder / "recipe.json")) if folder else None
+
+
+def model_of(recipe: "Recipe") -> CLIP:
+    """The model of a recipe, on the meta device."""
+    model = recipe.model
+    return create_model(model.name, device="meta", vision=model.vision, text=model.text)
 
 
 def write_safetensors(tensors: dict[str, Lazy], path: Path, shard_size: float = SHARD_SIZE) -> list[Path]:
@@ -165,8 +177,21 @@ def index_of(path: Path) -> Path:
 
 
 def in_dtype(key: str, tensor: Lazy, dtype: torch.dtype) -> Lazy:
-    """A weight in another dtype."""
-    return tensor.to(dtype) if tensor.dtype.is_floating_point and key != "logit_scale" else tensor
+    """A weight in another dtype; reading it raises ValueError where that cannot hold a value."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; give one of floating point")
+    if not tensor.dtype.is_floating_point or key == "logit_scale" or tensor.dtype == dtype:
+        return tensor
+
+    def read() -> Tensor:
+        values = tensor.read()
+        rounded = values.to(dtype)
+        if not torch.equal(rounded.isfinite(), values.isfinite()):
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{key} has values that {name} cannot hold; take bfloat16, or leave them as they are")
+        return rounded
+
+    return Lazy(tensor.shape, dtype, read)
 
 
 def owned(tensor: Lazy) -> Tensor:
@@ -192,14 +217,21 @@ def _check_free(paths: list[Path]) -> None:
 
 @contextmanager
 def _complete(paths: list[Path]) -> Iterator[list[Path]]:
-    """Names to write files under, which get their own when all are complete, and are removed where one fails."""
+    """Names to write files under, in a folder beside; they get their own when all are complete, else they go."""
     _check_free(paths)
-    partials = [path.with_name(path.name + ".partial") for path in paths]
-    try:
-        yield partials
+    with tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=paths[0].name + ".") as folder:
+        partials = [Path(folder) / path.name for path in paths]
+        partials[0].touch()
+        mode = partials[0].stat().st_mode  # as of any new file; safetensors lets nobody else read its own
+        try:
+            yield partials
+            for partial in partials:
+                partial.chmod(mode)
+                flush(partial)
+        except (RuntimeError, SafetensorError) as error:  # of torch.save and safetensors
+            raise OSError(
+                f"{paths[-1]} could not be written, and nothing of it is left; is the disk full? ({error})"
+            ) from error
+        _check_free(paths)  # still: writing takes its time
         for path, partial in zip(paths, partials, strict=True):
-            flush(partial)
             os.replace(partial, path)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)

@@ -177,8 +177,12 @@ class Table:
         return rule._replace(key=rule.key.replace("*", number), pieces=pieces)
 
 
-def read(tensors: dict[str, Lazy]) -> Pieces:
+def read(tensors: dict[str, Lazy], part: str | None = None) -> Pieces:
     """The pieces of a file's tensors, whose dialect is found out from their keys.
+
+    Args:
+        tensors: of all towers that the file has.
+        part: the tower that is wanted; of another's pieces the values do not matter.
 
     Raises:
         ValueError: no dialect has such keys, or keys of Hugging Face's hold a bias of k that is not zero.
@@ -197,7 +201,7 @@ def read(tensors: dict[str, Lazy]) -> Pieces:
         elif rule is None or found.keys() & set(rule.pieces):  # of no rule, or there already by another name
             unknown[key] = tensor
         elif _is_bias_of_k(rule.pieces):
-            if tensor.read().count_nonzero():
+            if part != "text" and tensor.read().count_nonzero():
                 raise ValueError(f"{key} is not zero; EVA's image towers have no bias of k, so it has no place in them")
             unused.append(key)
         else:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,11 +12,14 @@ from evaclip.data.preprocess import MEAN, STD
 from evaclip.data.tokenizer import ClipTokenizer
 from evaclip.models import create_model
 from evaclip.models.clip import CLIP
-from evaclip.models.config import CONFIGS, ClipConfig, TextConfig, VisionConfig
-from evaclip.weights.convert import SHARD_SIZE, in_dialect, in_dtype, model_of_run, write_safetensors
+from evaclip.models.config import CONFIGS, ClipConfig, VisionConfig
+from evaclip.weights.convert import SHARD_SIZE, in_dialect, in_dtype, model_of, recipe_of_run, write_safetensors
 from evaclip.weights.dialects import Pieces
-from evaclip.weights.files import locate, run_folder
+from evaclip.weights.files import locate
 from evaclip.weights.load import read_pieces
+
+if TYPE_CHECKING:
+    from evaclip.train.recipe import Recipe
 
 CONFIG = "config.json"
 # Whose image towers timm has, under which name; open_clip builds them from it.
@@ -63,10 +66,10 @@ def export(
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; nothing is overwritten, so give another name")
     source = locate(source)
-    model = model or model_of_run(source) or create_model(identified(source, read_pieces(source)), device="meta")
-    run, config = run_folder(source), model.config
-    recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8")) if run else None
-    tokenizer = recipe["data"]["tokenizer"] if recipe else "clip"
+    recipe = recipe_of_run(source)
+    if model is None:
+        model = model_of(recipe) if recipe else create_model(identified(source, read_pieces(source)), device="meta")
+    config, tokenizer = model.config, recipe.data.tokenizer if recipe else "clip"
     if recipe is None and config.text.vocabulary != ClipTokenizer.vocabulary_size:
         raise ValueError(
             f"{source} has a vocabulary of {config.text.vocabulary}, CLIP's has {ClipTokenizer.vocabulary_size}; "
@@ -82,7 +85,7 @@ def export(
     if trunk:
         texts["open_clip_config.json"] = _open_clip(config, trunk)
     if recipe:
-        texts["recipe.json"] = recipe
+        texts["recipe.json"] = dataclasses.asdict(recipe)
     parameters = sum(tensor.numel for tensor in tensors.values())
     card = _card(folder.name, config, tokenizer, recipe, parameters, open_clip=trunk is not None)
     name, largest = ("open_clip_model.safetensors", float("inf")) if trunk else ("model.safetensors", shard_size)
@@ -104,12 +107,12 @@ def exported(folder: Path) -> tuple[ClipConfig, str] | None:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if values.pop("model_type") != "evaclip":
             return None
-    except (OSError, ValueError, KeyError):
+        tokenizer = values.pop("tokenizer")
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    tokenizer, vision, text = values.pop("tokenizer"), values.pop("vision"), values.pop("text")
-    if isinstance(vision["image_size"], list):
-        vision["image_size"] = tuple(vision["image_size"])
-    return ClipConfig(**values, vision=VisionConfig(**vision), text=TextConfig(**text)), tokenizer
+    from evaclip.train.recipe import from_dict  # it stands on this package
+
+    return from_dict(ClipConfig, values, str(folder / CONFIG)), tokenizer
 
 
 def identified(source: Path, pieces: Pieces) -> str:
@@ -199,7 +202,7 @@ def _preprocessor(vision: VisionConfig) -> dict[str, Any]:
 
 
 def _card(
-    name: str, config: ClipConfig, tokenizer: str, recipe: dict | None, parameters: int, *, open_clip: bool
+    name: str, config: ClipConfig, tokenizer: str, recipe: "Recipe | None", parameters: int, *, open_clip: bool
 ) -> str:
     """The model card: what the model is, how it was trained, how it is used."""
     vision, text = config.vision, config.text
@@ -226,19 +229,19 @@ def _card(
         "",
     ]
     if recipe:
-        data, optimizer, schedule = recipe["data"], recipe["optimizer"], recipe["schedule"]
-        sources = [mixed["source"] for mixed in data["mixture"]] or [data["source"]]
-        steps = f"{schedule['steps']:,} steps" if schedule["steps"] else f"{schedule['samples']:,} samples"
-        starts = [f"{key}: `{value}`" for key, value in recipe["model"].items() if "checkpoint" in key and value]
+        data, optimizer, schedule = recipe.data, recipe.optimizer, recipe.schedule
+        sources = [mixed.source for mixed in data.mixture] or [data.source]
+        steps = f"{schedule.steps:,} steps" if schedule.steps else f"{schedule.samples:,} samples"
+        starts = [f"{key}: `{value}`" for key, value in vars(recipe.model).items() if "checkpoint" in key and value]
         lines += [
             "## Training",
             "",
             "By `evaclip train`; `recipe.json` holds every setting.",
             "",
             f"- data: {', '.join(f'`{source}`' for source in sources)}",
-            f"- {steps}, batches of {data['batch_size']:,}, patch dropout {data['patch_drop']}",
-            f"- {optimizer['name']}, learning rates {optimizer['visual_lr']} (image), {optimizer['text_lr']} (text)",
-            f"- precision {recipe['compute']['precision']}",
+            f"- {steps}, batches of {data.batch_size:,}, patch dropout {data.patch_drop}",
+            f"- {optimizer.name}, learning rates {optimizer.visual_lr} (image), {optimizer.text_lr} (text)",
+            f"- precision {recipe.compute.precision}",
             *([f"- started from {'; '.join(starts)}"] if starts else ["- started from random values"]),
             "",
         ]

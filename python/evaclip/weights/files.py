@@ -1,10 +1,8 @@
 """Opening weights: any file or folder that holds some, as a dictionary of tensors that are not read yet."""
 
-import json
 import re
-import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,12 @@ from torch import Tensor
 
 from evaclip.data.common import Recent
 from evaclip.weights import hub, zero
+from evaclip.weights.distributed import METADATA, open_distributed
+from evaclip.weights.index import SUFFIXES, read_index
 from evaclip.weights.lazy import Lazy
 
 WRAPPERS = ("state_dict", "model", "module")  # keys that training scripts put the weights under
 ReadFile = Callable[[Path], dict[str, Tensor]]
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 SHOWN = 5  # names quoted of a longer list
 # In a folder, the first of these that is there.
 NAMES = (
@@ -99,10 +98,14 @@ def run_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path.parent) if (folder / "recipe.json").is_file()), None)
 
 
-def quoted(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first of several names."""
-    dots = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + dots
+    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
+
+
+def quoted(names: Sequence[str]) -> str:
+    """The first of several names, in quotes."""
+    return some([repr(name) for name in names])
 
 
 def _open_folder(folder: Path) -> dict[str, Lazy]:
@@ -110,10 +113,10 @@ def _open_folder(folder: Path) -> dict[str, Lazy]:
         from evaclip.train.checkpoint import latest  # it stands on this package
 
         return _open_folder(latest(folder))
-    if (folder / "shards" / ".metadata").is_file():
+    if (folder / "shards" / METADATA).is_file():
         folder = folder / "shards"
-    if (folder / ".metadata").is_file():
-        return _open_distributed(folder)
+    if (folder / METADATA).is_file():
+        return without_module(open_distributed(folder))
     if (shards := zero.folder_of(folder)) is not None:
         return without_module(zero.open_zero(shards, load_plain))
     for name in NAMES:
@@ -129,12 +132,9 @@ def _open_folder(folder: Path) -> dict[str, Lazy]:
 
 
 def _open_index(path: Path) -> dict[str, Lazy]:
-    """The tensors of all files that a .index.json names (`weight_map`: key -> file beside it)."""
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: path.parent / name for name in sorted(set(places.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of weights, {{'weight_map': {{key: file}}}}: {error!r}") from error
+    """The tensors of all files that an index names."""
+    places = read_index(path)
+    files = {name: path.parent / name for name in sorted(set(places.values()))}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{path} names files that are not beside it: {quoted(missing)}")
@@ -200,10 +200,10 @@ def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         content, wrapper = wrapper, _wrapper(wrapper)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds {type(content).__name__}, not a dictionary of tensors by name")
-    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    strangers = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strangers:
         raise ValueError(
-            f"{path} holds entries that are no tensors: {quoted(strangers)}; weights may lie under one of"
+            f"{path} holds entries that are no tensors by name: {quoted(strangers)}; weights may lie under one of"
             f" {', '.join(WRAPPERS)}"
         )
     return without_module(content)
@@ -219,39 +219,3 @@ def without_module(by_key: dict) -> dict:
 def _wrapper(content: Any) -> dict | None:
     inner = (content.get(key) for key in WRAPPERS) if isinstance(content, dict) else ()
     return next((value for value in inner if isinstance(value, dict)), None)
-
-
-def _open_distributed(folder: Path) -> dict[str, Lazy]:
-    """The tensors of `torch.distributed.checkpoint`, from however many processes; the model's where named so."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    try:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-    except Exception as error:  # a damaged pickle
-        raise ValueError(f"cannot read {folder / '.metadata'}: {error}") from error
-    stored = {k: m for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
-    missing = {info.relative_path for info in metadata.storage_data.values()} - {p.name for p in folder.iterdir()}
-    if missing:
-        raise ValueError(f"{folder} lacks files that its .metadata names: {quoted(sorted(missing))}")
-
-    class Reader(dcp.FileSystemReader):
-        """Has the list of all shards at hand, which would else be read for each tensor."""
-
-        def read_metadata(self, *arguments, **named):
-            return metadata
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant: one process reads
-            dcp.load({name: tensor}, storage_reader=Reader(folder), no_dist=True)
-        return tensor
-
-    prefix = "model." if any(name.startswith("model.") for name in stored) else ""
-    tensors = {
-        name.removeprefix(prefix): Lazy(tuple(m.size), m.properties.dtype, partial(read, name))
-        for name, m in stored.items()
-        if name.startswith(prefix)
-    }
-    return without_module(tensors)

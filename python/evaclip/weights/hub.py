@@ -1,10 +1,10 @@
 """Weights of the Hugging Face hub, downloaded into its cache by huggingface_hub."""
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 
 from evaclip.data.common import extra
+from evaclip.weights.index import read_index
 
 PREFIX = "hf-hub:"
 
@@ -35,8 +35,8 @@ def download(name: str, file: str | None, names: tuple[str, ...], suffixes: tupl
         files = [file] if file else hub.list_repo_files(name)
         chosen = file or _choose(name, files, names, suffixes)
         path = Path(hub.hf_hub_download(name, chosen))
-        if path.name.endswith(".index.json"):  # the files it names lie beside it, in the hub and in the cache
-            for part in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
+        if path.name.endswith(".index.json"):
+            for part in sorted(set(read_index(path).values())):
                 hub.hf_hub_download(name, str(PurePosixPath(chosen).parent / part))
         return path
     except Unclear:

@@ -35,10 +35,6 @@ class Lazy:
         """With its two axes exchanged."""
         return Lazy(self.shape[::-1], self.dtype, lambda: self.read().T)
 
-    def to(self, dtype: torch.dtype) -> "Lazy":
-        """In another dtype."""
-        return self if dtype == self.dtype else Lazy(self.shape, dtype, lambda: self.read().to(dtype))
-
 
 def lazy(tensor: Tensor) -> Lazy:
     """A tensor that is there already."""

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from evaclip.models.clip import CLIP
 from evaclip.weights import dialects
 from evaclip.weights.dialects import Pieces
-from evaclip.weights.files import SHOWN, locate, open_weights
+from evaclip.weights.files import locate, open_weights, some
 from evaclip.weights.lazy import Lazy, full
 from evaclip.weights.resize import Resize, resized_to
 
@@ -41,7 +41,7 @@ class LoadReport:
             "initialised": self.initialised,
             "interpolated": self.resized,
         }
-        words = "".join(f"; {what}: {_some(names)}" for what, names in lists.items() if names)
+        words = "".join(f"; {what}: {some(names)}" for what, names in lists.items() if names)
         return (
             f"{self.path}: {self.dialect}, {self.tensors} tensors of {', '.join(self.dtypes)}, {self.parameters:,}"
             f" parameters{ignored}{words}"
@@ -104,9 +104,13 @@ def fitted(
     skip: Sequence[str] = (),
 ) -> Fit:
     """The weights at a path for a model, which may be on the meta device; arguments and errors as `load_checkpoint`."""
-    _check_options(part, resize)
+    check_option("part", part, *get_args(Part), None)
+    check_option("resize", resize, *get_args(Resize), None)
+    strangers = [name for name in skip if not any(_begins(key, (name,)) for key in model.state_dict())]
+    if strangers:
+        raise ValueError(f"skip names {some(strangers)}, which the model does not have; give a sequence of its keys")
     path = locate(path)
-    pieces = read_pieces(path)
+    pieces = read_pieces(path, part)
     _check_towers(path, pieces, part)
     pieces = dialects.of_part(pieces, part)
     wanted = {k: tuple(x.shape) for k, x in model.state_dict().items() if part is None or k.startswith(part + ".")}
@@ -114,7 +118,7 @@ def fitted(
         skip = (*skip, *HEAD)
     kept = [key for key in wanted if _begins(key, skip)]
     aside = [piece for piece in pieces.tensors if _begins(piece, skip)]
-    initialised = _defaults(pieces, wanted)
+    initialised = {key: x for key, x in _defaults(pieces, wanted).items() if key not in kept}
     tensors, used, resized, misfits = dict(initialised), set(aside), [], []
     for key, shape in wanted.items():
         if key in kept or key in initialised:
@@ -155,23 +159,24 @@ def fitted(
     return Fit({key: tensors[key] for key in wanted if key in tensors}, report)
 
 
-def read_pieces(path: Path) -> Pieces:
-    """What lies at a local path, by piece; its dialect is found out from the keys.
+def read_pieces(path: Path, part: Part | None = None) -> Pieces:
+    """What lies at a local path, by piece, as of `dialects.read`.
 
     Raises:
         ValueError: the file cannot be read, or is of no known dialect.
     """
     tensors = open_weights(path)
     try:
-        return dialects.read(tensors)
+        return dialects.read(tensors, part)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_options(part: str | None, resize: str | None) -> None:
-    for name, value, allowed in (("part", part, ("visual", "text")), ("resize", resize, ("eva", "timm"))):
-        if value is not None and value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))} or None")
+def check_option(name: str, value: str | None, *allowed: str | None) -> None:
+    """Refuse a value that is none of those allowed."""
+    if value not in allowed:
+        *most, last = map(repr, allowed)
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(most)} or {last}")
 
 
 def _check_towers(path: Path, pieces: Pieces, part: Part | None) -> None:
@@ -193,7 +198,3 @@ def _defaults(pieces: Pieces, wanted: dict[str, tuple[int, ...]]) -> dict[str, L
     if pieces.dialect not in ("mim", "timm") or any(".inner_attn_ln." in piece for piece in pieces.tensors):
         return {}
     return {k: full(s, float(k.endswith(".weight"))) for k, s in wanted.items() if ".inner_attn_ln." in k}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")

@@ -45,19 +45,22 @@ def open_zero(folder: Path, load: Callable[[Path], Any]) -> dict[str, Lazy]:
     models = _by_rank(folder, MODEL)
     if any(path.name.split("mp_rank_")[1][:2] != "00" for path in models):
         raise ValueError(f"{folder} is of a tensor-parallel model; join its parts with DeepSpeed's ds_to_universal.py")
-    states = [load(path) for path in models]
+    states = [_dictionary(path, load) for path in models]
     first = states[0]
     tensors = first.get("module") or {}
     optimizers = _by_rank(folder, OPTIMIZER)
     if not optimizers:  # without ZeRO, the weights are the model's own
         return {key: lazy(tensor) for key, tensor in tensors.items()}
-    shards = [load(path).get("optimizer_state_dict", {}) for path in optimizers]
+    shards = [_dictionary(path, load).get("optimizer_state_dict", {}) for path in optimizers]
     _check_count(folder, shards)
     # A list of groups; each: name -> shape, in the order of the flat tensors.
     groups = [{name: tuple(shape) for name, shape in group.items()} for group in _listed(first.get("param_shapes"))]
     frozen = first.get("frozen_param_shapes") or {}
     found = {key: lazy(tensors[key].float()) for key in first.get("buffer_names") or () if key in tensors}
     if all("single_partition_of_fp32_groups" in shard for shard in shards):
+        counts = [len(shard["single_partition_of_fp32_groups"]) for shard in shards]
+        if set(counts) != {len(groups)}:
+            raise ValueError(f"{folder}: the model has {len(groups)} groups of parameters, the shards {counts}")
         found |= {name: lazy(first["frozen_param_fragments"][name]) for name in frozen}
         for number, shapes in enumerate(groups):
             parts = [shard["single_partition_of_fp32_groups"][number] for shard in shards]
@@ -81,6 +84,13 @@ def open_zero(folder: Path, load: Callable[[Path], Any]) -> dict[str, Lazy]:
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda path: [int(n) for n in re.findall(r"rank_(\d+)", path.name)])
+
+
+def _dictionary(path: Path, load: Callable[[Path], Any]) -> dict:
+    content = load(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no file of DeepSpeed's: it holds a {type(content).__name__}")
+    return content
 
 
 def _listed(groups: Any) -> Iterable:
