@@ -9,12 +9,10 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from integrations import twins
+from integrations import twins, xops
 
 from evakernels.integrations import eva, stand_ins
 
@@ -65,19 +63,8 @@ def shrunk(code, config, **vision):
     return model, cfg
 
 
-def memory_efficient_attention(q, k, v, attn_bias=None, p=0.0, scale=None):
-    """In xformers' place, PyTorch's own.
-
-    Like it and like this package it takes the sums of the rows of dP * P from the rounded output, which is less exact
-    than the plain formula where a softmax is nearly one-hot.
-    """
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, scale=scale, is_causal=attn_bias is not None).transpose(1, 2)
-
-
 def use_pytorchs(monkeypatch):
     """The original's attention by PyTorch's."""
-    xops = SimpleNamespace(memory_efficient_attention=memory_efficient_attention, LowerTriangularMask=object)
     for name in ("eva_vit_model", "transformer"):
         monkeypatch.setattr(sys.modules[f"eva_clip.{name}"], "xops", xops)
 

@@ -48,7 +48,7 @@ def together(gradients, oracle):
     return torch.cat([(gradients[name] / units[name]).flatten() for name in oracle])
 
 
-def assert_same(untouched, replaced, call, *inputs, autocast=False, gradients=numerics.GRADIENTS):
+def assert_same(untouched, replaced, call, *inputs, autocast=False):
     """Outputs and gradients of the replaced twin are as near to float64 as the untouched one's, in the same dtypes."""
     actual = results(replaced, call, *inputs, autocast=autocast)
     peer = results(untouched, call, *inputs, autocast=autocast)
@@ -60,7 +60,7 @@ def assert_same(untouched, replaced, call, *inputs, autocast=False, gradients=nu
     for place, triple in enumerate(zip(actual[0], peer[0], oracle[0], strict=True)):
         numerics.assert_as_exact_as(*triple, numerics.OUTPUTS, f"output {place}")
     rows = (together(of[1], oracle[1]) for of in (actual, peer, oracle))
-    numerics.assert_as_exact_as(*rows, gradients, "gradients")
+    numerics.assert_as_exact_as(*rows, numerics.GRADIENTS, "gradients")
 
 
 def assert_looks_the_same(untouched, replaced):
