@@ -2,9 +2,11 @@
 
 import copy
 import importlib
+import os
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import harness
@@ -17,6 +19,7 @@ TIMM = {
     "eva02_enormous_patch14_clip_224": (2, {"img_size": 56, "embed_dim": 224, "num_heads": 2, "mlp_ratio": 2}),
 }
 GPU_BLOCKS, GPU_IMAGES = 4, 128
+KEEPS_ANGLES = "RoPE"  # the environment variable by which EVA-CLIP's code turns kept patches by their own angles
 
 
 def timm_case(name: str, quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
@@ -61,6 +64,63 @@ def open_clip_case(quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Cal
     return words, WithLoss(model, open_clip.ClipLoss()), (torch.randn(batch, 3, side, side), texts), lambda loss: loss
 
 
+def transformers_case(quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
+    """The same widths in transformers' CLIP."""
+    transformers = importlib.import_module("transformers")
+    layers, batch = (GPU_BLOCKS, 512) if harness.device().type == "cuda" else (1, 16)
+    side, vocabulary, context = (64, 64, 16) if quick else (224, 49408, 77)
+    width, text_width = (64, 64) if quick else (768, 512)
+
+    def tower(width: int, **more: int) -> dict:
+        heads = {"num_attention_heads": width // 64, "num_hidden_layers": layers}
+        return {"hidden_size": width, "intermediate_size": 4 * width, **heads, **more}
+
+    text = tower(text_width, vocab_size=vocabulary, max_position_embeddings=context)
+    vision = tower(width, image_size=side, patch_size=32)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=text_width)
+    model = transformers.CLIPModel(config)
+    texts = torch.randint(1, vocabulary, (batch, context))
+    words = f"transformers CLIP, {layers} layers of {width} and of {text_width}, {batch} pairs"
+    return words, WithOwnLoss(model), (torch.randn(batch, 3, side, side), texts), lambda loss: loss
+
+
+class WithOwnLoss(nn.Module):
+    """A transformers model, which has its loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        return self.model(input_ids=texts, pixel_values=images, return_loss=True).loss
+
+
+def eva_case(quick: bool) -> tuple[str, nn.Module, tuple[Tensor, ...], Callable]:
+    """EVA-CLIP's own code, where its folder `rei` or `shinji` is on the path: EVA02-CLIP-B-16 as a whole."""
+    eva_clip = importlib.import_module("eva_clip")
+    for module in (eva_clip.eva_vit_model, eva_clip.transformer):
+        if module.xops is None:  # without xformers it would not run
+            module.xops = Xops
+    batch = 64 if harness.device().type == "cuda" else 2
+    os.environ[KEEPS_ANGLES] = "1"
+    model = eva_clip.create_model("EVA02-CLIP-B-16", force_custom_clip=True, force_patch_dropout=0.5)
+    texts = torch.randint(1, 49407, (batch, 77))
+    words = f"EVA-CLIP's code, EVA02-CLIP-B-16, {batch} pairs, half the patches, PyTorch's attention for xformers'"
+    return words, model, (torch.randn(batch, 3, 224, 224), texts), lambda out: (out[0] * out[1]).sum()
+
+
+class Xops:
+    """PyTorch's attention in the place of xformers.ops."""
+
+    LowerTriangularMask = object
+
+    @staticmethod
+    def memory_efficient_attention(q, k, v, attn_bias=None, p=0.0, scale=None):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=attn_bias is not None)
+        return y.transpose(1, 2)
+
+
 def steps(case: tuple, integration: str, half: bool) -> harness.Providers:
     """The step, replaced and untouched, eager and compiled."""
     replace = importlib.import_module(f"evakernels.integrations.{integration}").replace
@@ -91,9 +151,10 @@ def rows(quick: bool) -> Iterator[dict]:
     """Each codebase's models; on a GPU under autocast in bfloat16."""
     half = harness.device().type == "cuda"
     cases = [("timm", lambda name=name: timm_case(name, quick)) for name in TIMM]
-    cases += [("open_clip", lambda: open_clip_case(quick))]
+    cases += [("open_clip", lambda: open_clip_case(quick)), ("transformers", lambda: transformers_case(quick))]
+    cases += [("eva", lambda: eva_case(quick))]
     for integration, make in cases:
-        if isinstance(absent := harness.peer(integration), str):
+        if isinstance(absent := harness.peer("eva_clip" if integration == "eva" else integration), str):
             yield from harness.compare("integrations", integration, "", MODE, {"evakernels": absent})
             continue
         torch.manual_seed(0)

@@ -280,6 +280,13 @@ def test_a_truncated_checkpoint_is_named_and_changes_nothing(tmp_path):
         evaclip.load(tmp_path)
 
 
+def test_the_files_of_a_checkpoint_may_be_read_by_whoever_may_read_new_ones(tmp_path):
+    Trainer(tiny(), tmp_path).run()
+    (tmp_path / "new").touch()
+    files = [path for path in checkpoint.latest(tmp_path).rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "new").stat().st_mode} and len(files) == 3
+
+
 def test_old_checkpoints_are_dropped_and_the_newest_kept(tmp_path):
     Trainer(tiny(run__save_every=1, run__keep=2), tmp_path).run()
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000005", "step-00000006"]

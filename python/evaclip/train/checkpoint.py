@@ -67,6 +67,8 @@ def save(run: Path, recipe: Recipe, state: dict[str, Any], ranks: Ranks) -> None
     def finish() -> None:
         save_recipe(recipe, partial / "recipe.json")
         torch.save(state["trainer"], partial / TRAINER)
+        if "weights" in state:  # safetensors lets nobody else read its own
+            (partial / WEIGHTS).chmod((partial / TRAINER).stat().st_mode)
         for path in partial.rglob("*"):
             flush(path)
         shutil.rmtree(folder, ignore_errors=True)
