@@ -1,5 +1,7 @@
 """Modules with the state-dict keys of the field, computed by this package's functions."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -249,16 +251,16 @@ class ClipLoss(nn.Module):
 
         `logit_bias`, the same for all logits, changes neither the loss nor a gradient; it gets none.
         """
-        group = whole_group("nn.ClipLoss", self.world_size)
-        sizes = None if group is None else [len(image_features)] * self.world_size
-        loss = contrastive_loss(image_features, text_features, logit_scale, group=group, batch_sizes=sizes)[0]
+        processes = equal_shares("nn.ClipLoss", self.world_size, image_features)
+        loss = contrastive_loss(image_features, text_features, logit_scale, **processes)[0]
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def whole_group(function: str, world_size: int) -> "dist.ProcessGroup | None":
-    """`torch.distributed`'s default group, which must have so many processes; None for one process."""
+def equal_shares(function: str, world_size: int, features: Tensor) -> dict[str, Any]:
+    """The group and the sizes of a loss of `torch.distributed`'s default group, which must have so many processes, each
+    with as many samples; of one process neither."""
     if world_size == 1:
-        return None
+        return {}
     size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
     if size != world_size:
         found = f"it has {size} processes" if size else "it is not initialised"
@@ -266,4 +268,4 @@ def whole_group(function: str, world_size: int) -> "dist.ProcessGroup | None":
             f"{function}: world_size is {world_size}, but of torch.distributed's default group {found}; call"
             " torch.distributed.init_process_group first, and give its size"
         )
-    return dist.group.WORLD
+    return {"group": dist.group.WORLD, "batch_sizes": [len(features)] * world_size}

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from evakernels.integrations import forwards
 from evakernels.integrations.patch import Plan, Replaced, Report, bare, original, taken
 from evakernels.nn import ClipLoss as _ClipLoss
-from evakernels.nn import swiglu_mlp, whole_group
+from evakernels.nn import equal_shares, swiglu_mlp
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
 from evakernels.ops.contrastive import contrastive_loss
 from evakernels.ops.tokens import gather_tokens, patchify
@@ -86,11 +86,9 @@ class ClipLoss(_ClipLoss):
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of (b, D) features and {"i2t": accuracy, "t2i": accuracy}: of the whole batch, on every process."""
-        group = whole_group("eva.ClipLoss", self.world_size)
-        sizes = None if group is None else [len(image_features)] * self.world_size
-        smoothing = self.smoothing
+        processes = equal_shares("eva.ClipLoss", self.world_size, image_features)
         loss, i2t, t2i = contrastive_loss(
-            image_features, text_features, logit_scale, group=group, batch_sizes=sizes, label_smoothing=smoothing
+            image_features, text_features, logit_scale, label_smoothing=self.smoothing, **processes
         )
         return loss, {"i2t": i2t, "t2i": t2i}
 
@@ -250,11 +248,7 @@ def _kept(tower, images: Tensor) -> Tensor | None:
     rate = getattr(tower.patch_dropout, "prob", 0.0)
     if not tower.patch_dropout.training or rate == 0:
         return None
-    patches = tower.patch_embed.num_patches
-    keep = max(1, int(patches * (1 - rate)))
-    if tower.evakernels_draw is not None:
-        return tower.evakernels_draw(len(images), patches, keep, images.device)
-    return torch.randn(len(images), patches).topk(keep).indices.to(images.device)
+    return forwards.kept_patches(tower.evakernels_draw, images, tower.patch_embed.num_patches, rate)
 
 
 def patch_embed_forward(self, x, kept=None, **kwargs):

@@ -1,5 +1,6 @@
 """Forwards, and parts of them, that several codebases' modules have in common."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,6 +131,14 @@ def drop_path(branch: Tensor, rate: float, rescale: bool = True) -> Tensor:
     kept = branch.new_empty((len(branch), *[1] * (branch.dim() - 1))).bernoulli_(keep)
     kept = kept.flatten().to(checks.accumulator(kept.dtype))
     return kept / keep if rescale and keep > 0 else kept
+
+
+def kept_patches(draw: Callable | None, x: Tensor, patches: int, rate: float) -> Tensor:
+    """(batch, keep) ids of the patches to keep, by `draw`, or on the CPU as open_clip and EVA-CLIP's code draw them."""
+    keep = max(1, int(patches * (1 - rate)))
+    if draw is not None:
+        return draw(len(x), patches, keep, x.device)
+    return torch.randn(len(x), patches).topk(keep).indices.to(x.device)
 
 
 def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

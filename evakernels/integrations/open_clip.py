@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evakernels.integrations import forwards, timm
 from evakernels.integrations.patch import Plan, Report, bare, original
-from evakernels.nn import whole_group
+from evakernels.nn import equal_shares
 from evakernels.ops.attention import attention_qkvpacked
 from evakernels.ops.contrastive import contrastive_loss, sigmoid_loss
 from evakernels.ops.lamb import FusedLAMB
@@ -209,12 +209,7 @@ def patch_dropout_forward(self, x):
     if not self.training or self.prob == 0:
         return x
     prefix = int(self.exclude_first_token)
-    patches = x.shape[1] - prefix
-    keep = max(1, int(patches * (1 - self.prob)))
-    if self.evakernels_draw is not None:
-        kept = self.evakernels_draw(len(x), patches, keep, x.device)
-    else:
-        kept = torch.randn(len(x), patches).topk(keep).indices.to(x.device)
+    kept = forwards.kept_patches(self.evakernels_draw, x, x.shape[1] - prefix, self.prob)
     return gather_tokens(x, kept, prefix_tokens=prefix)
 
 
@@ -248,8 +243,7 @@ def sigmoid_loss_forward(self, image_features, text_features, logit_scale, logit
 
 
 def _processes(loss: nn.Module, features: Tensor) -> dict:
-    group = whole_group(f"open_clip.{type(loss).__name__}", loss.world_size)  # type: ignore[arg-type]
-    return {"group": group, "batch_sizes": None if group is None else [len(features)] * loss.world_size}  # type: ignore
+    return equal_shares(f"open_clip.{type(loss).__name__}", loss.world_size, features)  # type: ignore[arg-type]
 
 
 def _returned(loss: Tensor, features: tuple[Tensor, ...], output_dict: bool) -> Tensor | dict[str, Tensor]:

@@ -10,10 +10,11 @@ import pytest
 import timm.models.vision_transformer
 import torch
 import torch.nn.functional as F
-from integrations import eva_like, twins, xops
+from integrations import eva_like, twins
 from torch import nn
 
 import evakernels as ek
+from benchmarks.bench_integrations import Xops
 from evakernels.integrations import eva, stand_ins
 
 RMS = partial(eva_like.RMSnorm, eps=1e-6)
@@ -70,7 +71,7 @@ def test_outputs_and_gradients_are_as_exact_as_before(family, dtype, training, m
     autocast = dtype == "autocast"
     # The original's plain formula keeps float32 probabilities under autocast, which no fused attention does; the
     # published runs had xformers' there.
-    monkeypatch.setattr(eva_like, "xops", xops)
+    monkeypatch.setattr(eva_like, "xops", Xops)
     model = clip(family, {"xattn": autocast}, xattn=autocast, drop_path_rate=0.5, patch_dropout=0.5).train(training)
     if dtype == torch.bfloat16:
         model = model.to(dtype)

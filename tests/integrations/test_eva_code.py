@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations import twins, xops
+from integrations import twins
 
+from benchmarks.bench_integrations import Xops
 from evakernels.integrations import eva, stand_ins
 
 FOLDERS = {"rei": "EVA-CLIP/rei", "shinji": "EVA-CLIP-18B/shinji"}
@@ -66,7 +67,7 @@ def shrunk(code, config, **vision):
 def use_pytorchs(monkeypatch):
     """The original's attention by PyTorch's."""
     for name in ("eva_vit_model", "transformer"):
-        monkeypatch.setattr(sys.modules[f"eva_clip.{name}"], "xops", xops)
+        monkeypatch.setattr(sys.modules[f"eva_clip.{name}"], "xops", Xops)
 
 
 def both(model, images, ids):
