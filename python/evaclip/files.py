@@ -11,6 +11,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def as_new(path: Path) -> None:
+    """Let whoever may read new files read this one; safetensors lets nobody else read its own."""
+    probe = path.with_name(path.name + ".new")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
 def flush(path: Path) -> None:
     """Until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from evaclip.files import flush
+from evaclip.files import as_new, flush
 from evaclip.models import load_checkpoint
 from evaclip.models.clip import CLIP
 from evaclip.train.ranks import Ranks
@@ -67,8 +67,8 @@ def save(run: Path, recipe: Recipe, state: dict[str, Any], ranks: Ranks) -> None
     def finish() -> None:
         save_recipe(recipe, partial / "recipe.json")
         torch.save(state["trainer"], partial / TRAINER)
-        if "weights" in state:  # safetensors lets nobody else read its own
-            (partial / WEIGHTS).chmod((partial / TRAINER).stat().st_mode)
+        if "weights" in state:
+            as_new(partial / WEIGHTS)
         for path in partial.rglob("*"):
             flush(path)
         shutil.rmtree(folder, ignore_errors=True)

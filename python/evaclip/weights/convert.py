@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaclip.files import flush
+from evaclip.files import as_new, flush
 from evaclip.models import create_model
 from evaclip.models.clip import CLIP
 from evaclip.weights import dialects
@@ -221,12 +221,10 @@ def _complete(paths: list[Path]) -> Iterator[list[Path]]:
     _check_free(paths)
     with tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=paths[0].name + ".") as folder:
         partials = [Path(folder) / path.name for path in paths]
-        partials[0].touch()
-        mode = partials[0].stat().st_mode  # as of any new file; safetensors lets nobody else read its own
         try:
             yield partials
             for partial in partials:
-                partial.chmod(mode)
+                as_new(partial)
                 flush(partial)
         except (RuntimeError, SafetensorError) as error:  # of torch.save and safetensors
             raise OSError(
