@@ -255,7 +255,7 @@ def patch_embed_forward(self, x, kept=None, **kwargs):
     proj = self.proj
     if kept is None:
         return original(self).forward(self, x, **kwargs)
-    if type(proj) is not nn.Conv2d or proj._forward_hooks or proj._forward_pre_hooks:
+    if not bare(proj):
         return gather_tokens(original(self).forward(self, x, **kwargs), kept, prefix_tokens=0)
     if tuple(x.shape[2:]) != tuple(self.img_size):
         raise ValueError(f"the images are {tuple(x.shape[2:])}; this model takes {tuple(self.img_size)}")

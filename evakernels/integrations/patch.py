@@ -12,7 +12,7 @@ __all__ = ["Plan", "Replaced", "Report", "bare", "original"]
 
 Methods = tuple[tuple[str, Callable], ...]
 _ABSENT = object()
-_PLAIN = (nn.Linear, nn.MultiheadAttention)
+_PLAIN = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
 
 class Replaced:
@@ -36,9 +36,9 @@ def original(module: nn.Module) -> Any:
 def bare(*modules: nn.Module) -> bool:
     """Whether a forward may read the weights of these modules instead of calling them.
 
-    That is: each is exactly a `torch.nn.Linear` or `MultiheadAttention`, or replaced, and has no hooks and no `forward`
-    of its own. Adapters, quantised layers, parametrizations and sharding fail this, whether they came before `replace`
-    or after it.
+    That is: each is exactly a `torch.nn.Linear`, `Conv2d` or `MultiheadAttention`, or replaced, and has no hooks and no
+    `forward` of its own. Adapters, quantised layers, parametrizations and sharding fail this, whether they came before
+    `replace` or after it.
     """
     for module in modules:
         if type(module) not in _PLAIN and not isinstance(module, Replaced):

@@ -272,6 +272,16 @@ def test_hooks_go_on_to_be_called_with_what_they_saw():
     assert len(seen) == 12 and seen[:6] == seen[6:]
 
 
+def test_a_forward_set_on_the_patch_embedding_is_called_though_patches_are_dropped():
+    found = []
+    for model in pair(clip(patch_dropout=0.5)):
+        proj = model.visual.patch_embed.proj
+        proj.forward = lambda x, own=proj.forward: 3 * own(x)
+        torch.manual_seed(1)  # the same patches
+        found.append(model.visual(inputs()[0]))
+    torch.testing.assert_close(*found)
+
+
 def test_a_mask_or_bias_of_the_caller_is_obeyed():
     untouched, replaced = pair(clip("EVA01").eval())
     x, hidden = torch.randn(2, 10, 64), torch.ones(2, 10)
