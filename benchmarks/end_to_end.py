@@ -23,11 +23,12 @@ import evakernels as ek
 from benchmarks import harness, roofline
 from evaclip import flops
 from evaclip.models import configure
-from evaclip.train.optim import build_optimizer, take_step
-from evaclip.train.parallel import averaged, grad_norm, spread
+from evaclip.train.graph import Graphed
+from evaclip.train.optim import build_optimizer
+from evaclip.train.parallel import spread
 from evaclip.train.ranks import Ranks, join, leave
 from evaclip.train.recipe import Compute, Data, Model, Optimizer, Recipe, build_model
-from evaclip.train.step import forward_backward
+from evaclip.train.step import Step
 
 CLIP_GRAD_NORM = 5.0
 
@@ -79,45 +80,41 @@ def batch_of(case: Case, ranks: Ranks) -> tuple[Tensor, Tensor]:
     return images, ids
 
 
-def recipe(case: Case, parallel: str, compiled: bool) -> Recipe:
+def recipe(case: Case, **compute: Any) -> Recipe:
     precision = "amp_bf16" if harness.device().type == "cuda" else "fp32"
     return Recipe(
         model=Model(name=case.model, **case.shrunk()),
         data=Data(batch_size=case.batch, patch_drop=case.drop),
         optimizer=Optimizer(clip_grad_norm=CLIP_GRAD_NORM),
-        compute=Compute(precision=precision, parallel=parallel, compile=compiled),  # type: ignore[arg-type]
+        compute=Compute(precision=precision, **compute),  # type: ignore[arg-type]
     )
 
 
-def evaclips(case: Case, ranks: Ranks, parallel: str = "ddp", compiled: bool = False) -> Callable[[], object] | str:
-    """A step as `evaclip train` takes it; the model is built at the first call."""
-    if compiled and isinstance(why := harness.compiled(nn.Identity()), str):
+def evaclips(case: Case, ranks: Ranks, **compute: Any) -> Callable[[], object] | str:
+    """A step as `evaclip train` takes it, with fields of its `compute`; the model is built at the first call."""
+    if compute.get("compile") and isinstance(why := harness.compiled(nn.Identity()), str):
         return why
 
     @functools.cache
     def ready() -> tuple:
         torch.manual_seed(0)
-        given = recipe(case, parallel, compiled)
+        given = recipe(case, **compute)
         model = build_model(given, harness.device())
         module = spread(model, given.compute, ranks, harness.device())
-        optimizer = build_optimizer(model, given.optimizer)
-        return given, model, module, optimizer, *batch_of(case, ranks)
+        graph = given.compute.cuda_graph
+        step = Step(model, module, build_optimizer(model, given.optimizer, capturable=graph), given, ranks)
+        return model.config.vision, Graphed(step, harness.device()) if graph else step, *batch_of(case, ranks)
 
     steps = count()
 
     def step() -> Tensor:
-        given, model, module, optimizer, images, ids = ready()
-        kept, vision = None, model.config.vision
+        vision, take, images, ids = ready()
+        kept = None
         if case.drop:
             first = next(steps) * case.batch + ranks.share(case.batch).start
             keep, where = vision.tokens(case.drop) - 1, images.device
             kept = ek.sample_kept_tokens(len(images), vision.patches, keep, seed=0, offset=first, device=where)
-        metrics = forward_backward(module, images, ids, kept, given, ranks)
-        averaged(model, given.compute, ranks)
-        norm = float(grad_norm(list(model.parameters())))
-        take_step(optimizer, max(1.0, norm / CLIP_GRAD_NORM))
-        optimizer.zero_grad(set_to_none=True)
-        return metrics["loss"]
+        return take(images, ids, kept)["loss"]
 
     return step
 
@@ -169,11 +166,13 @@ def open_clips(case: Case, ranks: Ranks, compiled: bool = False) -> Callable[[],
 def providers(case: Case, ranks: Ranks) -> harness.Providers:
     if ranks.world > 1:
         names = {"ddp": "DDP", "fsdp": "FSDP2", "fsdp2": "FSDP2, whole until backward"}
-        found: harness.Providers = {f"evaclip, {name}": evaclips(case, ranks, key) for key, name in names.items()}
-        return found | {"open_clip, DDP": open_clips(case, ranks)}
+        ours = {f"evaclip, {name}": evaclips(case, ranks, parallel=key) for key, name in names.items()}
+        return {**ours, "open_clip, DDP": open_clips(case, ranks)}
+    graph = {"evaclip, CUDA graph": evaclips(case, ranks, cuda_graph=True)} if harness.device().type == "cuda" else {}
     return {
         "evaclip": evaclips(case, ranks),
-        "evaclip, torch.compile": evaclips(case, ranks, compiled=True),
+        "evaclip, torch.compile": evaclips(case, ranks, compile=True),
+        **graph,
         "open_clip": open_clips(case, ranks),
         "open_clip, torch.compile": open_clips(case, ranks, compiled=True),
     }

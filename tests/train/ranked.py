@@ -63,7 +63,7 @@ def gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
     """Of the first step, and its loss and accuracies."""
     it = trainer(folder, changes)
     images, ids = it.source.batch(0)
-    metrics = forward_backward(it.forward, images, ids, it._kept(len(images)), it.recipe, it.ranks)
+    metrics = forward_backward(it.take.forward, images, ids, it._kept(len(images)), it.recipe, it.ranks)
     averaged(it.model, it.recipe.compute, it.ranks)
     return {n: whole(p.grad) for n, p in it.model.named_parameters()} | metrics
 

@@ -245,8 +245,8 @@ class FusedLAMB(Optimizer):
 
 
 def _learning_rates(lrs: list[float | Tensor], device: torch.device) -> Tensor:
-    """One float64 tensor; on the host unless a learning rate is on the device."""
-    if all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in lrs):
+    """One float64 tensor; on the host unless a learning rate is a tensor on the device."""
+    if not any(isinstance(lr, Tensor) and lr.device == device for lr in lrs):
         return torch.tensor([float(lr) for lr in lrs], dtype=torch.float64)
     # `full` launches a kernel: no copy from the host, which a graph could not hold.
     return torch.stack(

@@ -66,19 +66,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["initial_lr"] * share * group["lr_scale"]
 
 
-def take_step(optimizer: torch.optim.Optimizer, divisor: float) -> None:
-    """One step by the gradients over `divisor`.
-
-    The optimizer divides: it does so in float32, where small float16 gradients keep their digits, and needs no pass
-    over memory of its own.
-    """
-    device = optimizer.param_groups[0]["params"][0].device
-    optimizer.grad_scale = torch.full((), divisor, device=device)  # type: ignore[attr-defined]  # GradScaler's protocol
-    optimizer.step()
-
-
-def build_optimizer(model: CLIP, recipe: recipes.Optimizer) -> torch.optim.Optimizer:
-    """The recipe's optimizer over `parameter_groups`."""
+def build_optimizer(model: CLIP, recipe: recipes.Optimizer, *, capturable: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimizer over `parameter_groups`; `capturable`: its step may be captured in a CUDA graph."""
     groups = parameter_groups(model, recipe)
     if recipe.name == "adamw":
         if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
@@ -86,7 +75,8 @@ def build_optimizer(model: CLIP, recipe: recipes.Optimizer) -> torch.optim.Optim
                 "optimizer.name is 'adamw' and weights are bfloat16 or float16, but AdamW keeps no float32 masters; "
                 "use 'lamb', or compute.precision 'amp_bf16' or 'amp_fp16'"
             )
-        return torch.optim.AdamW(groups, lr=recipe.logit_scale_lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+        options = {"lr": recipe.logit_scale_lr, "betas": recipe.betas, "eps": recipe.eps}
+        return torch.optim.AdamW(groups, **options, fused=True, capturable=capturable)  # type: ignore[arg-type]
     return ek.FusedLAMB(
         groups,
         lr=recipe.logit_scale_lr,
@@ -96,4 +86,5 @@ def build_optimizer(model: CLIP, recipe: recipes.Optimizer) -> torch.optim.Optim
         trust_ratio_bounds=recipe.trust_ratio_bounds,
         adapt_excluded=recipe.adapt_excluded,
         bias_correction=None if recipe.bias_correction == "none" else recipe.bias_correction,
+        capturable=capturable,
     )

@@ -153,6 +153,9 @@ class Compute:
     result of a matrix product or of attention ("selective")."""
     compile: bool = False
     """Compile each block with torch.compile, for shapes that do not change; the first steps take minutes."""
+    cuda_graph: bool = False
+    """Launch each step as one CUDA graph, on one GPU: for models and batches so small that launching is what takes
+    the time."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch."""
     parallel: Literal["ddp", "fsdp", "fsdp2"] = "ddp"
@@ -166,6 +169,11 @@ class Compute:
     def half(self) -> torch.dtype | None:
         """The dtype of matrix products, None where it is float32."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision.removeprefix("amp_"))
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes some of the forward pass again."""
+        return self.activation_checkpointing not in ("none", False)
 
     @property
     def autocasts(self) -> bool:
@@ -318,6 +326,13 @@ class Recipe:
                 "compute.activation_checkpointing",
                 "selective",
                 "'none' or 'block' with compute.compile, which itself recomputes what is cheap",
+            ),
+            (
+                not compute.cuda_graph or (compute.micro_batches == 1 and not compute.recomputes),
+                "compute.cuda_graph",
+                True,
+                "true where compute.micro_batches is 1 and compute.activation_checkpointing 'none': a graph does not "
+                "draw the same random numbers twice",
             ),
             (compute.loss_scale >= 1, "compute.loss_scale", compute.loss_scale, "at least 1"),
             (compute.loss_scale_window >= 1, "compute.loss_scale_window", compute.loss_scale_window, "at least 1"),

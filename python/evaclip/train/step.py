@@ -1,16 +1,62 @@
-"""Loss and gradients of one batch, in one piece or, exactly the same, in micro-batches."""
+"""One step: loss and gradients of a batch, in one piece or, exactly the same, in micro-batches; then the optimizer."""
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor, nn
 
 import evakernels as ek
-from evaclip.train.parallel import unsynchronized
+from evaclip.models.clip import CLIP
+from evaclip.train.parallel import averaged, grad_norm, unsynchronized
 from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Recipe
 
 ALONE = Ranks()
+CLIP_EPS = 1e-6  # added to the norm that is held against its limit, as PyTorch and DeepSpeed do
+
+
+class Step:
+    """An optimizer step, all of it on the device: nothing is read back, so that the host never waits within a step.
+
+    Args:
+        model: whose logit scale is held within its limits.
+        forward: the module to call, as `parallel.spread` returns it.
+        optimizer: over the model's parameters; it must serve GradScaler, as fused optimizers do.
+    """
+
+    def __init__(
+        self, model: CLIP, forward: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, ranks: Ranks = ALONE
+    ):
+        self.model, self.forward, self.optimizer, self.recipe, self.ranks = model, forward, optimizer, recipe, ranks
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, images: Tensor, ids: Tensor, kept: Tensor | None, loss_scale: float | Tensor = 1.0) -> dict:
+        """Take the step; a loss or a gradient norm that is not finite leaves weights and optimizer as they were.
+
+        Returns:
+            what `forward_backward` returns; grad_norm, before it is clipped; trust_ratio_min and trust_ratio_max, where
+            the optimizer has any: tensors without a graph.
+        """
+        recipe, optimizer = self.recipe, self.optimizer
+        metrics = forward_backward(self.forward, images, ids, kept, recipe, self.ranks, loss_scale)
+        averaged(self.model, recipe.compute, self.ranks)
+        norm = metrics["grad_norm"] = grad_norm(self.parameters) / loss_scale
+        excess = (norm + CLIP_EPS) / (recipe.optimizer.clip_grad_norm or math.inf)
+        finite = metrics["loss"].isfinite() & norm.isfinite()
+        # The optimizer divides: it does so in float32, where small float16 gradients keep their digits, and needs no
+        # pass over memory of its own.
+        optimizer.grad_scale = loss_scale * excess.clamp(min=1)  # type: ignore[attr-defined]
+        optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+        optimizer.step()
+        if recipe.loss.fixed_logit_scale is None:
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(0, math.log(recipe.loss.max_logit_scale))
+        optimizer.zero_grad(set_to_none=True)
+        ratios = getattr(optimizer, "trust_ratios", None)
+        if ratios is not None:
+            metrics["trust_ratio_min"], metrics["trust_ratio_max"] = ratios.unbind()
+        return metrics
 
 
 def forward_backward(
@@ -20,7 +66,7 @@ def forward_backward(
     kept: Tensor | None,
     recipe: Recipe,
     ranks: Ranks = ALONE,
-    loss_scale: float = 1.0,
+    loss_scale: float | Tensor = 1.0,
 ) -> dict:
     """Accumulate the gradient of the contrastive loss of one batch, times `loss_scale`, into the parameters.
 
@@ -56,7 +102,7 @@ def forward_backward(
         )
         (loss * loss_scale).backward()
         metrics = {"loss": loss.detach(), "image_to_text": image_to_text, "text_to_image": text_to_image}
-        return metrics | {"logit_scale": torch.as_tensor(scale if fixed is None else fixed).detach()}
+        return metrics | {"logit_scale": scale.detach() if fixed is None else torch.full_like(scale, fixed)}
 
     if parts == 1:
         return loss_of(*encode(images, ids, kept))

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from bisect import bisect
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,17 +17,18 @@ from evaclip import flops
 from evaclip.data.common import DataError, extra
 from evaclip.gpus import gpu_of
 from evaclip.train import checkpoint
+from evaclip.train.graph import Graphed
 from evaclip.train.log import Rows, RunLog
 from evaclip.train.loss_scale import LossScale
-from evaclip.train.optim import build_optimizer, set_learning_rate, take_step, warmup_cosine
-from evaclip.train.parallel import averaged, grad_norm, spread
+from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
+from evaclip.train.parallel import spread
 from evaclip.train.ranks import Ranks, join, lost
 from evaclip.train.recipe import Recipe, RecipeError, Stage, build_model, load_recipe, save_recipe, start
 from evaclip.train.source import open_stages
-from evaclip.train.step import forward_backward, random_state, set_random_state
+from evaclip.train.step import Step, random_state, set_random_state
 from evaclip.train.writer import Writer
 
-CLIP_EPS = 1e-6  # added to the norm that is held against its limit, as PyTorch and DeepSpeed do
+OF_STEPS = ("grad_norm", "trust_ratio_min", "trust_ratio_max")  # metrics of steps that were taken
 
 
 class Trainer:
@@ -39,7 +41,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False):
         self.recipe, self.folder = recipe, folder
         self.ranks, self.device = join(recipe.compute.device, recipe.compute.timeout)
-        _check_shares(recipe, self.ranks)
+        _check_ranks(recipe, self.ranks, self.device)
         if recipe.run.wandb:
             extra("wandb", "wandb", "run.wandb", group=None)
         if recipe.compute.threads:
@@ -57,8 +59,11 @@ class Trainer:
         self.schedule = dataclasses.replace(recipe.schedule, steps=recipe.steps)
         self.stages = recipe.stages()
         self.source = open_stages(recipe, self.model.config, self.ranks.rank, self.ranks.world)
-        self.forward = spread(self.model, recipe.compute, self.ranks, self.device)
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        forward = spread(self.model, recipe.compute, self.ranks, self.device)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer, capturable=recipe.compute.cuda_graph)
+        self.take: Callable[..., dict] = Step(self.model, forward, self.optimizer, recipe, self.ranks)
+        if recipe.compute.cuda_graph:
+            self.take = Graphed(self.take, self.device)
         self.writer = Writer(recipe, self.ranks)
         self.scale = LossScale()
         if recipe.compute.half == torch.float16:
@@ -132,13 +137,7 @@ class Trainer:
         self.waited = time.perf_counter() - began
         images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
         kept, scale = self._kept(len(images)), self.scale.value
-        tensors = forward_backward(self.forward, images, ids, kept, recipe, self.ranks, scale)
-        averaged(self.model, recipe.compute, self.ranks)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        tensors["grad_norm"] = grad_norm(parameters) / scale
-        ratios = getattr(self.optimizer, "trust_ratios", None)  # of the step before: those of this one nobody has yet
-        if ratios is not None:
-            tensors["trust_ratio_min"], tensors["trust_ratio_max"] = ratios.unbind()
+        tensors = self.take(images, ids, kept, scale)
         values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
         metrics: dict = dict(zip(tensors, values, strict=True))
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
@@ -146,7 +145,7 @@ class Trainer:
         if overflow or not broken:
             self.scale.update(overflow)
         if overflow:
-            del metrics["grad_norm"]
+            metrics = {name: value for name, value in metrics.items() if name not in OF_STEPS}
         elif broken:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -154,16 +153,10 @@ class Trainer:
             if self.skipped_in_a_row >= recipe.run.max_skipped:
                 self.stop = f"{self.skipped_in_a_row} steps in a row were not finite; the last good weights are saved"
         else:
-            limit = recipe.optimizer.clip_grad_norm or math.inf
-            take_step(self.optimizer, scale * max(1.0, (metrics["grad_norm"] + CLIP_EPS) / limit))
-            if recipe.loss.fixed_logit_scale is None:
-                with torch.no_grad():
-                    self.model.logit_scale.clamp_(0, math.log(recipe.loss.max_logit_scale))
             self.skipped_in_a_row = 0
             metrics["lr"] = recipe.optimizer.visual_lr * share
         if recipe.compute.half == torch.float16 and "skipped" not in metrics:
             metrics |= {"loss_scale": scale, "overflows": self.scale.overflows}
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return metrics
 
@@ -277,7 +270,7 @@ class Trainer:
             set_random_state(state["random"][self.ranks.rank], self.device)
 
 
-def _check_shares(recipe: Recipe, ranks: Ranks) -> None:
+def _check_ranks(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
     needed = ranks.world * recipe.compute.micro_batches
     if recipe.data.batch_size < needed:
         raise RecipeError(
@@ -287,3 +280,6 @@ def _check_shares(recipe: Recipe, ranks: Ranks) -> None:
     shard = recipe.compute.shard
     if shard and ranks.world % shard:
         raise RecipeError(f"compute.shard is {shard}, but {ranks.world} processes cannot be divided into so many each")
+    if recipe.compute.cuda_graph and (ranks.world > 1 or device.type != "cuda"):
+        what = f"{ranks.world} processes on {device.type}" if ranks.world > 1 else f"a step on {device.type}"
+        raise RecipeError(f"compute.cuda_graph captures the step of one process on a GPU, not {what}; set it to false")
