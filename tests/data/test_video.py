@@ -10,6 +10,7 @@ from shard_files import mixture, numbers, write_tar
 
 import evaclip
 from evaclip.data import ImageError, image_transform
+from evaclip.data.preprocess import normalized
 from evaclip.data.readers import Readers
 from evaclip.data.video import frame_numbers, video_frames
 
@@ -86,8 +87,8 @@ def test_batches_of_videos_have_a_dimension_of_frames(tmp_path):
     write_tar(tmp_path / "a.tar", members)
     batches = mixture(str(tmp_path / "a.tar"), cache=tmp_path, batch_size=3, frames=8)
     images, ids = Readers(batches, 0).batch(0)
-    assert images.shape == (3, 8, 3, 8, 8) and images.dtype == torch.float32
-    for video, number in zip(images, numbers(ids), strict=True):
+    assert images.shape == (3, 8, 3, 8, 8) and images.dtype == torch.uint8
+    for video, number in zip(normalized(images), numbers(ids), strict=True):
         means = video.mean((1, 2, 3))
         expected = torch.tensor(frame_numbers(8 + number, 8)) * 5 / 255
         slope = (means - means[0]) / (expected - expected[0]).clamp(min=1e-9)

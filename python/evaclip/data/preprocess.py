@@ -224,6 +224,6 @@ def _planes(image: "Image") -> np.ndarray:
 
 def normalized(pixels: Tensor) -> Tensor:
     """Pixels (..., channels, H, W) uint8 as float32, with the mean and standard deviation of `image_transform`."""
-    mean, std = (GRAY_MEAN, GRAY_STD) if pixels.shape[-3] == 1 else (MEAN, STD)
-    x = pixels.to(torch.float32).div_(255)
-    return x.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
+    of_set = (GRAY_MEAN, GRAY_STD) if pixels.shape[-3] == 1 else (MEAN, STD)
+    mean, std = torch.tensor(of_set, device=pixels.device)[..., None, None]
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)

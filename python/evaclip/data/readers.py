@@ -18,7 +18,6 @@ from torch import Tensor
 
 from evaclip.data.common import DataError
 from evaclip.data.mixture import Mixture, Tally, Unreadable
-from evaclip.data.preprocess import normalized
 
 PATIENCE = 60  # seconds, after which a reader that keeps the run waiting is named
 
@@ -60,7 +59,7 @@ class Readers:
         self.close = Finalize(self, _end, (self._readers,), exitpriority=10)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Normalised pixels (n, *image_shape) float32 and token ids (n, context) int64 of this rank's part of a step.
+        """Pixels (n, *image_shape) uint8 and token ids (n, context) int64 of this rank's part of a step.
 
         Raises:
             DataError: too much is unreadable, or a reader has died.
@@ -81,7 +80,7 @@ class Readers:
                 raise DataError(reply)
             self.unreadable.add(reply)
             self.names += reply.names
-        images, ids = normalized(slot[0]), slot[1].clone()
+        images, ids = (part.clone() for part in slot)
         if self._readers:
             self._ask(step + self._memory.ahead)  # its slot is that of this step
         return images, ids

@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -35,11 +35,30 @@ class Source(Protocol):
         ...
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Normalised images (b, C, H, W), or videos (b, frames, C, H, W), and token ids (b, context) of a step.
+        """Images (b, C, H, W), or videos (b, frames, C, H, W), and token ids (b, context) of a step.
 
-        Steps count from 0; b is this rank's part of the batch.
+        Images are normalised, or uint8 for `normalized`. Steps count from 0; b is this rank's part of the batch.
         """
         ...
+
+
+class Ahead:
+    """A function of the step, computed for the step after the one that is asked for, in a thread.
+
+    Args:
+        end: the step after the last one, which is not computed; None where nobody knows it.
+    """
+
+    def __init__(self, function: Callable[[int], Any], end: int | None = None):
+        self.function, self.end = function, end
+        self.thread = ThreadPoolExecutor(1, "evaclip-ahead")
+        self.next: tuple[int, Future] | None = None
+
+    def __call__(self, step: int) -> Any:
+        ready = self.next[1] if self.next and self.next[0] == step else self.thread.submit(self.function, step)
+        more = self.end is None or step + 1 < self.end
+        self.next = (step + 1, self.thread.submit(self.function, step + 1)) if more else None
+        return ready.result()
 
 
 class Tokenized:
@@ -47,17 +66,11 @@ class Tokenized:
 
     def __init__(self, batches: "Digits | Videos | CaptionBatches", tokenizer: Tokenizer, ahead: bool):
         self.batches, self.tokenizer = batches, tokenizer
-        self.reader = ThreadPoolExecutor(1, "evaclip-reader") if ahead else None
-        self.next: tuple[int, Future] | None = None
+        self.read: Callable[[int], tuple] = Ahead(self._read) if ahead else self._read
         self.names: list[str] = []
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        if self.reader is None:
-            images, ids, self.names = self._read(step)
-            return images, ids
-        ready = self.next[1] if self.next and self.next[0] == step else self.reader.submit(self._read, step)
-        self.next = step + 1, self.reader.submit(self._read, step + 1)
-        images, ids, self.names = ready.result()
+        images, ids, self.names = self.read(step)
         return images, ids
 
     def _read(self, step: int) -> tuple[Tensor, Tensor, list[str]]:

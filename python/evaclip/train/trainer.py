@@ -17,6 +17,7 @@ from evaclip import flops
 from evaclip.data.common import DataError, extra
 from evaclip.gpus import gpu_of
 from evaclip.train import checkpoint
+from evaclip.train.feed import Feed
 from evaclip.train.graph import Graphed
 from evaclip.train.log import Rows, RunLog
 from evaclip.train.loss_scale import LossScale
@@ -59,6 +60,7 @@ class Trainer:
         self.schedule = dataclasses.replace(recipe.schedule, steps=recipe.steps)
         self.stages = recipe.stages()
         self.source = open_stages(recipe, self.model.config, self.ranks.rank, self.ranks.world)
+        self.feed = Feed(self.source, self.device, recipe.steps)
         forward = spread(self.model, recipe.compute, self.ranks, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer, capturable=recipe.compute.cuda_graph)
         self.take: Callable[..., dict] = Step(self.model, forward, self.optimizer, recipe, self.ranks)
@@ -104,7 +106,7 @@ class Trainer:
                     break
                 seconds = time.perf_counter() - began
                 if samples:
-                    samples.add(self.step - 1, names=self.source.names)
+                    samples.add(self.step - 1, names=self.feed.names)
                 if log:
                     self._report(log, metrics, seconds)
                 if self.step % recipe.run.save_every == 0:
@@ -135,7 +137,6 @@ class Trainer:
         began = time.perf_counter()
         images, ids = self._batch()
         self.waited = time.perf_counter() - began
-        images, ids = images.to(self.device, non_blocking=True), ids.to(self.device, non_blocking=True)
         kept, scale = self._kept(len(images)), self.scale.value
         tensors = self.take(images, ids, kept, scale)
         values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
@@ -178,7 +179,7 @@ class Trainer:
         """This process's share of the step's batch; where any process cannot read its own, all raise DataError."""
         trouble = batch = None
         try:
-            batch = self.source.batch(self.step)
+            batch = self.feed.batch(self.step)
         except DataError as error:
             trouble = str(error)
         if self.ranks.worst(int(trouble is not None), self.device):
