@@ -9,7 +9,8 @@ import pytest
 from shard_files import jpeg, write_shards, write_tar
 
 from evaclip.data import DataError
-from evaclip.data.shards import Shards, are_shards, copied, expand
+from evaclip.data.copies import Copies
+from evaclip.data.shards import Shards, are_shards, expand
 
 
 def touch(folder: Path, *names):
@@ -152,15 +153,15 @@ def test_a_pipe_is_copied_once(tmp_path):
 def test_a_command_that_fails_leaves_no_shard(command, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(DataError, match=sentence):
-        copied(f"pipe:{command}", tmp_path)
-    assert [p.suffix for p in (tmp_path / "shards").iterdir()] == [".lock"]
+        Copies(tmp_path).use(f"pipe:{command}", lambda path: pytest.fail("there is no copy"))
+    assert [p.suffix for p in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_command_that_fails_once_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     flag = tmp_path / "flag"
-    path = copied(f"pipe:if [ -e {flag} ]; then echo tar; else touch {flag}; echo half; exit 1; fi", tmp_path)
-    assert path.read_text() == "tar\n"
+    command = f"if [ -e {flag} ]; then echo tar; else touch {flag}; echo half; exit 1; fi"
+    assert Copies(tmp_path / "copies").use(f"pipe:{command}", Path.read_text) == "tar\n"
 
 
 def test_addresses_become_commands(tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_addresses_become_commands(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     called = [
-        copied(url, tmp_path / "cache").read_text().removeprefix(f"{tmp_path}/").strip()
+        Copies(tmp_path / "cache").use(url, Path.read_text).removeprefix(f"{tmp_path}/").strip()
         for url in ("s3://b/a b.tar", "gs://b/1.tar", "https://x/'1'.tar")
     ]
     assert called == [
@@ -183,3 +184,45 @@ def test_a_shard_that_is_no_tar_is_named(tmp_path):
     (tmp_path / "a.tar").write_text("x" * 600)
     with pytest.raises(DataError, match=r"the shard .*a\.tar cannot be read: .* is no tar"):
         Shards(str(tmp_path / "a.tar"), cache=tmp_path / "cache").counts()
+
+
+def copies_of(folder: Path) -> list[bytes]:
+    return sorted(path.read_bytes() for path in folder.glob("*.tar"))
+
+
+def test_copies_used_longest_ago_make_room_for_a_new_one(tmp_path):
+    copies = Copies(tmp_path, room=20)
+    a, b, c = (f"pipe:echo x >> {tmp_path}/called-{name} && printf {name * 8}" for name in "abc")
+    for url in (a, b, a):
+        copies.use(url, Path.read_text)
+    assert copies.use(c, Path.read_text) == "c" * 8
+    assert copies_of(tmp_path) == [b"a" * 8, b"c" * 8]
+    assert copies.use(b, Path.read_text) == "b" * 8  # made again
+    assert copies_of(tmp_path) == [b"b" * 8, b"c" * 8]
+    assert [(tmp_path / f"called-{name}").read_text().count("x") for name in "abc"] == [1, 2, 1]
+    assert Copies(tmp_path, room=1).use(a, Path.read_text) == "a" * 8  # larger than the room
+    assert copies_of(tmp_path) == [b"a" * 8]
+
+
+def test_a_copy_that_is_removed_before_it_is_opened_is_made_again(tmp_path):
+    def read(path):
+        if not (tmp_path / "flag").exists():
+            (tmp_path / "flag").touch()
+            path.unlink()
+        return path.read_text()
+
+    assert Copies(tmp_path).use("pipe:echo tar", read) == "tar\n"
+    with pytest.raises(FileNotFoundError):
+        Copies(tmp_path).use("pipe:echo tar", lambda path: path.unlink() or path.read_text())
+
+
+def test_samples_are_the_same_however_little_room_there_is(tmp_path):
+    source = write_shards(tmp_path / "far", [3, 2, 4])
+    shards = Shards(f"pipe:cat {source}", cache=tmp_path / "cache", room=1)
+    near = Shards(source, cache=tmp_path / "other")
+    assert shards.counts().tolist() == [3, 2, 4]
+    for shard in (0, 2, 1, 0, 2, 1):
+        for sample in near.samples(shard):
+            assert shards.read(shard, sample) == near.read(shard, sample)
+    left = list((tmp_path / "cache" / "shards").glob("*.tar*"))
+    assert len([path for path in left if path.suffix == ".tar"]) == 1 and len(left) <= 2  # its index beside it

@@ -98,11 +98,10 @@ def check_shard(shards: Shards, shard: int, decode: bool = True) -> Report:
     """The report of one shard."""
     report = Report(shards=1)
     try:
-        index, path = shards.index(shard), shards.path(shard)
+        index, report.bytes = shards.index(shard), shards.size(shard)
     except DataError as error:
         report.problems.append(str(error))
         return report
-    report.bytes = path.stat().st_size
     report.problems += [f"{shards.urls[shard]}: {problem}" for problem in index.problems]
     for _, members in grouped(index):
         report.suffixes.update(list(members))

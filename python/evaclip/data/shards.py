@@ -1,34 +1,26 @@
 """Data sets in WebDataset shards: tar files whose members `<key>.jpg` and `<key>.txt` are a sample."""
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from glob import glob, has_magic
 from itertools import groupby, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from evaclip.data import tar
 from evaclip.data.common import DataError, Recent, some
+from evaclip.data.copies import Copies, is_remote
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "gif", "webp")
 CAPTIONS = ("captions.json", "txt", "caption")  # the first one counts
-COMMANDS = {  # what writes an object to its standard output
-    "s3://": "aws s3 cp --only-show-errors {} -",
-    "gs://": "gcloud storage cat {}",
-    "http://": "curl -fsSL {}",
-    "https://": "curl -fsSL {}",
-}
-ATTEMPTS = 3  # to copy a shard
 OPEN = 64  # shards at once
 
 
@@ -52,8 +44,9 @@ class Shards:
     Args:
         source: paths of .tar files: one, with {000000..000099} and {a,b}, or *, ? and [] (sorted), several of these
             joined by "::"; a folder of them; or commands `pipe:...` and addresses s3://, gs://, http:// and https://.
-            What cannot be read at random is copied once into the cache, whole, and stays there.
+            What cannot be read at random is copied into the cache, whole.
         cache: folder of copies and of indexes that find no place beside their shards.
+        room: bytes of copies in the cache, or 0 for all (see `Copies`).
         video: look for videos instead of images.
 
     Attributes:
@@ -64,31 +57,30 @@ class Shards:
         ValueError: a file does not exist, or none matches.
     """
 
-    def __init__(self, source: str, *, cache: Path = tar.CACHE, video: bool = False):
+    def __init__(self, source: str, *, cache: Path = tar.CACHE, room: int = 0, video: bool = False):
         self.source, self.cache, self.video = source, cache, video
+        self.copies = Copies(cache / "shards", room)
         self.suffixes = VIDEOS if video else IMAGES
         self.urls = expand(source)
-        missing = [url for url in self.urls if not _remote(url) and not os.path.isfile(url)]
+        missing = [url for url in self.urls if not is_remote(url) and not os.path.isfile(url)]
         if missing:
             raise ValueError(f"{len(missing)} of the {len(self.urls)} shards {source} do not exist: {some(missing)}")
         self.samples = Recent(self._grouped, OPEN)
-        self._files = Recent(_File, OPEN)
+        self._files = Recent(self._opened, OPEN)
 
     def __len__(self) -> int:
         return len(self.urls)
 
     def index(self, shard: int) -> tar.TarIndex:
         """All members of a shard; DataError where it cannot be read."""
-        url = self.urls[shard]
         try:
-            return tar.index(self.path(shard), self.cache)
+            return self._use(shard, lambda path: tar.index(path, self.cache))
         except (OSError, ValueError) as error:
-            raise DataError(f"the shard {url} cannot be read: {error}") from error
+            raise DataError(f"the shard {self.urls[shard]} cannot be read: {error}") from error
 
-    def path(self, shard: int) -> Path:
-        """A shard's file, copied if it has to be."""
-        url = self.urls[shard]
-        return copied(url, self.cache) if _remote(url) else Path(url)
+    def size(self, shard: int) -> int:
+        """A shard's bytes."""
+        return self._use(shard, lambda path: path.stat().st_size)
 
     def count(self, shard: int) -> int:
         """The samples of a shard."""
@@ -121,7 +113,7 @@ class Shards:
         """Of all shards' names, sizes and times, and of what a sample is here."""
         digest = hashlib.sha256(repr((self.suffixes, CAPTIONS)).encode())
         for url in self.urls:
-            found = None if _remote(url) else os.stat(url)
+            found = None if is_remote(url) else os.stat(url)
             digest.update(repr((os.path.abspath(url), found and (found.st_size, found.st_mtime_ns))).encode())
         return digest.hexdigest()[:32]
 
@@ -131,7 +123,7 @@ class Shards:
         Raises:
             OSError, EOFError, ValueError: a member cannot be read.
         """
-        file = self._files(str(self.path(shard)))
+        file = self._files(shard)
         text = tar.read(file.descriptor, *sample.caption).decode("utf-8")
         captions = _listed(text) if sample.caption_suffix == "captions.json" else [text]
         if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
@@ -142,6 +134,14 @@ class Shards:
         """Shard and key, for messages."""
         return f"{self.urls[shard]}: {sample.key}"
 
+    def _use(self, shard: int, function: Callable[[Path], Any]) -> Any:
+        """A function of a shard's file, which is copied if it has to be."""
+        url = self.urls[shard]
+        return self.copies.use(url, function) if is_remote(url) else function(Path(url))
+
+    def _opened(self, shard: int) -> "_File":
+        return self._use(shard, _File)
+
     def _grouped(self, shard: int) -> list[Sample]:
         """The samples of a shard; DataError where it cannot be read."""
         found = (_sample(key, members, self.suffixes) for key, members in grouped(self.index(shard)))
@@ -151,7 +151,7 @@ class Shards:
 class _File:
     """An open file that closes with its last reference."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -192,7 +192,7 @@ def are_shards(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
         return any(path.glob("*.tar"))
-    return _remote(source) or source.split("::")[0].endswith(".tar")
+    return is_remote(source) or source.split("::")[0].endswith(".tar")
 
 
 def expand(source: str) -> list[str]:
@@ -204,7 +204,7 @@ def expand(source: str) -> list[str]:
     urls: list[str] = []
     for part in source.split("::"):
         for url in _braces(part):
-            if _remote(url):
+            if is_remote(url):
                 urls.append(url)
                 continue
             if os.path.isdir(url):
@@ -235,49 +235,3 @@ def _choices(inside: str, text: str) -> list[str]:
     if "," in inside:
         return inside.split(",")
     return [f"{{{inside}}}"]  # a shell's ${VARIABLE}
-
-
-def _remote(url: str) -> bool:
-    return url.startswith(("pipe:", *COMMANDS))
-
-
-def copied(url: str, cache: Path) -> Path:
-    """The copy of a shard in the cache, made now if there is none; several processes wait for one to make it.
-
-    Raises:
-        DataError: the command failed several times; the message has its last words.
-    """
-    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = cache / "shards" / f"{digest}.tar"
-    if path.exists():
-        return path
-    scheme = next((scheme for scheme in COMMANDS if url.startswith(scheme)), None)
-    command = COMMANDS[scheme].format(_quoted(url)) if scheme else url.removeprefix("pipe:")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for attempt in range(ATTEMPTS):
-            if path.exists():
-                return path
-            time.sleep(attempt)
-            words = _run(command, path)
-    if words:
-        raise DataError(f"`{command}` failed {ATTEMPTS} times; {words}")
-    return path
-
-
-def _run(command: str, path: Path) -> str:
-    """Write what a command prints into a file, whole or not at all; returns what went wrong, if anything."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as out:
-        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE)
-    if done.returncode == 0 and partial.stat().st_size:
-        os.replace(partial, path)
-        return ""
-    partial.unlink()
-    last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-    return f"exit code {done.returncode}: {last[0]}" if done.returncode else "it wrote nothing"
-
-
-def _quoted(url: str) -> str:
-    return "'" + url.replace("'", "'\\''") + "'"

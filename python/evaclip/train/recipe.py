@@ -70,6 +70,8 @@ class Data:
     """Shards: decode large JPEGs at a half, quarter or eighth of their size, or in full as open_clip does."""
     cache: str | None = None
     """Folder for copies of shards from elsewhere and for indexes; default: ~/.cache/evaclip."""
+    cache_gb: float = 0.0
+    """Room for these copies, GB, beyond which those used longest ago are removed; 0: all stay."""
     batch_size: int = 128
     """Samples per optimizer step, over all micro-batches."""
     tokenizer: str = "clip"
@@ -292,6 +294,7 @@ class Recipe:
             (all(m.weight > 0 for m in data.mixture), "data.mixture", data.mixture, "weights above 0"),
             (len({m.source for m in data.mixture}) == len(data.mixture), "data.mixture", data.mixture, "each set once"),
             (data.workers >= 0, "data.workers", data.workers, "at least 0"),
+            (data.cache_gb >= 0, "data.cache_gb", data.cache_gb, "at least 0"),
             (0 <= data.patch_drop < 1, "data.patch_drop", data.patch_drop, "at least 0 and below 1"),
             (0 <= data.undropped_tail <= 1, "data.undropped_tail", data.undropped_tail, "between 0 and 1"),
             (0 < crop[0] <= crop[1] <= 1, "data.crop_scale", crop, "(from, to) with 0 < from <= to <= 1"),

@@ -147,7 +147,7 @@ def open_source(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 
     if all(are_shards(source) for source in mixed):
         cache = Path(data.cache).expanduser() if data.cache else CACHE
         batches = Mixture(
-            [Shards(source, cache=cache, video=frames > 0) for source in mixed],
+            [Shards(source, cache=cache, room=int(data.cache_gb * 1e9), video=frames > 0) for source in mixed],
             data.batch_size,
             weights=list(mixed.values()),
             seed=seed,
