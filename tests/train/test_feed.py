@@ -10,8 +10,12 @@ from evaclip.train.feed import Feed
 STEPS = 5
 
 
+def pixels(step):
+    return torch.arange(step, step + 2 * 3 * 8 * 8).to(torch.uint8).view(2, 3, 8, 8)
+
+
 class Numbers:
-    """Batches of uint8 pixels that are their step; it tells which were read."""
+    """Batches of pixels that begin with the number of their step; it tells which were read."""
 
     def __init__(self, broken=None):
         self.read, self.names, self.broken = [], [], broken
@@ -21,7 +25,7 @@ class Numbers:
         self.names = [f"sample of step {step}"]
         if step == self.broken:
             raise DataError("unreadable")
-        return torch.full((2, 3, 4, 4), step, dtype=torch.uint8), torch.full((2, 7), step)
+        return pixels(step), torch.full((2, 7), step)
 
 
 class Stream:
@@ -47,6 +51,7 @@ class Stream:
 def streams(monkeypatch):
     for name in ("Stream", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
@@ -60,7 +65,7 @@ def feed_of(source, ahead):
 
 def check(feed, step):
     images, ids = feed.batch(step)
-    assert torch.equal(images, normalized(torch.full((2, 3, 4, 4), step, dtype=torch.uint8)))
+    assert torch.equal(images, normalized(pixels(step)))
     assert torch.equal(ids, torch.full((2, 7), step))
     assert feed.names == [f"sample of step {step}"]
 
@@ -72,7 +77,7 @@ def test_each_step_has_its_batch_and_its_names(ahead, streams):
     for step in (2, 3, 0, 1, 2, 3, 4):  # also where a run goes on, or back
         check(feed, step)
     if ahead:
-        feed.load.thread.shutdown()
+        feed.thread.shutdown()
         assert source.read == [2, 3, 4, 0, 1, 2, 3, 4]  # one ahead, and none beyond the last
     else:
         assert source.read == [2, 3, 0, 1, 2, 3, 4]

@@ -50,7 +50,7 @@ def captures(monkeypatch):
     """How many recordings were made. Recording takes the first step, which with CUDA is the first replay."""
     made = []
 
-    def captured(function):
+    def captured(function, stream):
         recorder = Recorder()
         with recorder:
             outputs = function()
@@ -67,7 +67,7 @@ def captures(monkeypatch):
 
     class Stream:
         def __init__(self, device=None):
-            pass
+            self.device = device
 
         def wait_stream(self, other):
             pass

@@ -107,9 +107,9 @@ def test_a_resumed_run_has_the_scale_too_and_is_bitwise_the_same(precision, tmp_
     assert scales[0] == scales[1] and scales[0][0] == 2.0**30 and len(set(scales[0])) > 3
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_an_overflow_in_one_process_is_one_in_all(parallel, tmp_path):
-    changes = {"compute__precision": "amp_fp16", "compute__parallel": parallel}
+@pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "lamb"), ("fsdp", "lamb"), ("fsdp", "adamw")])
+def test_an_overflow_in_one_process_is_one_in_all(parallel, optimizer, tmp_path):
+    changes = {"compute__precision": "amp_fp16", "compute__parallel": parallel, "optimizer__name": optimizer}
     for scale, unchanged, learned in distributed.run(ranked.overflow, 2, str(tmp_path), changes):
         assert scale == {"value": 65536.0, "window": 1000, "good": 1, "forgiven": True, "overflows": 1}
         assert unchanged and learned

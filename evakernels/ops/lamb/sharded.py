@@ -132,10 +132,8 @@ def lamb_step(
     torch._foreach_sub_(weights, updates)
     counted = torch.ones_like(steps[0]) if skip is None else (~skip).to(steps[0].dtype)
     torch._foreach_add_(steps, [counted] * len(steps))
-    if rounded := [i for i, p in enumerate(params) if weights[i] is not p]:
-        narrow = [params[i] for i in rounded]
-        with _unless(skip, narrow):
-            torch._foreach_copy_(narrow, [weights[i] for i in rounded])
+    if rounded := [i for i, p in enumerate(params) if weights[i] is not p]:  # of masters that a skip leaves: the same
+        torch._foreach_copy_([params[i] for i in rounded], [weights[i] for i in rounded])
     return total, found
 
 

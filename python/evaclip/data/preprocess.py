@@ -226,4 +226,5 @@ def normalized(pixels: Tensor) -> Tensor:
     """Pixels (..., channels, H, W) uint8 as float32, with the mean and standard deviation of `image_transform`."""
     of_set = (GRAY_MEAN, GRAY_STD) if pixels.shape[-3] == 1 else (MEAN, STD)
     mean, std = torch.tensor(of_set, device=pixels.device)[..., None, None]
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    most = torch.full((), 255.0, device=pixels.device)  # by a number CUDA divides inexactly
+    return pixels.to(torch.float32).div_(most).sub_(mean).div_(std)

@@ -1,7 +1,5 @@
 """Batches on the device they are trained on, the next one on its way while a step computes."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from evaclip.data.preprocess import normalized
 from evaclip.train.source import Ahead, Source
 
 
-class Feed:
+class Feed(Ahead):
     """The batches of a source on a device.
 
     On a GPU a thread reads the next batch while a step computes, and copies it from page-locked memory on a stream of
@@ -17,14 +15,15 @@ class Feed:
     """
 
     def __init__(self, source: Source, device: torch.device, steps: int):
+        on_gpu = device.type == "cuda"
+        super().__init__(on_gpu, steps, device if on_gpu else None)
         self.source, self.device = source, device
         self.names: list[str] = []  # of the samples of the last batch
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.load: Callable[[int], tuple] = Ahead(self._load, steps) if self.stream else self._load
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Normalised images or videos and token ids, as of `Source.batch`; errors are those of the source."""
-        images, ids, self.names, copied = self.load(step)
+        images, ids, self.names, copied = self.computed(step)
         if copied:
             now = torch.cuda.current_stream(self.device)
             now.wait_event(copied)
@@ -32,7 +31,7 @@ class Feed:
                 tensor.record_stream(now)  # its memory is not to be used again before this stream has read it
         return images, ids
 
-    def _load(self, step: int) -> tuple[Tensor, Tensor, list[str], torch.cuda.Event | None]:
+    def compute(self, step: int) -> tuple[Tensor, Tensor, list[str], torch.cuda.Event | None]:
         images, ids = self.source.batch(step)
         names = self.source.names
         with torch.cuda.stream(self.stream):  # None changes nothing

@@ -21,8 +21,7 @@ class Graphed:
 
     def __init__(self, step: Step, device: torch.device):
         self.step, self.groups = step, step.optimizer.param_groups
-        # Neither is the default stream, which a graph cannot be captured on, and where warming up could end in one.
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # to warm up and capture on, which the default stream cannot serve for
         self.numbers = torch.zeros(1 + len(self.groups), device=device)
         self.inputs: tuple = ()
         self.taken = 0  # with inputs of these shapes
@@ -40,13 +39,14 @@ class Graphed:
         self.numbers.copy_(torch.tensor([loss_scale, *(group["lr"] for group in self.groups)]))
         self.taken += 1
         if self.replay is None and self.taken > WARM_UP:
-            self.replay = captured(self._take)
+            self.replay = captured(self._take, self.stream)
         if self.replay is not None:
             return self.replay()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        now = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(now)
         with torch.cuda.stream(self.stream):
             metrics = self._take()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        now.wait_stream(self.stream)
         return metrics
 
     def _take(self) -> dict:
@@ -62,10 +62,11 @@ class Graphed:
                 group["lr"] = rate  # numbers again, for checkpoints
 
 
-def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+def captured(function: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
     """Record what a function launches, without running it; the result launches that and returns the same tensors."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads read data and write checkpoints
+    # "thread_local": other threads read data and write checkpoints meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function()
 
     def replay() -> Any:

@@ -74,11 +74,12 @@ def join(device: str, minutes: float) -> tuple[Ranks, torch.device]:
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     found = pick_device(device)
+    if found.type == "cuda":
+        if found.index is None:
+            found = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0) if world > 1 else torch.cuda.current_device()}")
+        torch.cuda.set_device(found)
     if world == 1:
         return Ranks(), found
-    if found.type == "cuda" and found.index is None:
-        found = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.cuda.set_device(found)
     if not dist.is_initialized():
         backend, patience = "nccl" if found.type == "cuda" else "gloo", timedelta(minutes=minutes)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

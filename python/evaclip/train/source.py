@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from evaclip.data.common import DataError
@@ -43,37 +44,46 @@ class Source(Protocol):
 
 
 class Ahead:
-    """A function of the step, computed for the step after the one that is asked for, in a thread.
+    """What a subclass computes for a step; for the one after the one that is asked for in a thread, if at all.
 
     Args:
+        ahead: whether to.
         end: the step after the last one, which is not computed; None where nobody knows it.
+        device: the GPU that is the thread's current one.
     """
 
-    def __init__(self, function: Callable[[int], Any], end: int | None = None):
-        self.function, self.end = function, end
-        self.thread = ThreadPoolExecutor(1, "evaclip-ahead")
+    def __init__(self, ahead: bool, end: int | None = None, device: torch.device | None = None):
+        # A new thread's GPU is the first one, where every process of a server would leave its mark.
+        options: dict = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device else {}
+        self.thread = ThreadPoolExecutor(1, "evaclip-ahead", **options) if ahead else None
+        self.end = end
         self.next: tuple[int, Future] | None = None
 
-    def __call__(self, step: int) -> Any:
-        ready = self.next[1] if self.next and self.next[0] == step else self.thread.submit(self.function, step)
+    def compute(self, step: int) -> Any:
+        raise NotImplementedError
+
+    def computed(self, step: int) -> Any:
+        if self.thread is None:
+            return self.compute(step)
+        ready = self.next[1] if self.next and self.next[0] == step else self.thread.submit(self.compute, step)
         more = self.end is None or step + 1 < self.end
-        self.next = (step + 1, self.thread.submit(self.function, step + 1)) if more else None
+        self.next = (step + 1, self.thread.submit(self.compute, step + 1)) if more else None
         return ready.result()
 
 
-class Tokenized:
+class Tokenized(Ahead):
     """A data set of images and captions as a source; the next batch is read while a step computes."""
 
     def __init__(self, batches: "Digits | Videos | CaptionBatches", tokenizer: Tokenizer, ahead: bool):
+        super().__init__(ahead)
         self.batches, self.tokenizer = batches, tokenizer
-        self.read: Callable[[int], tuple] = Ahead(self._read) if ahead else self._read
         self.names: list[str] = []
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        images, ids, self.names = self.read(step)
+        images, ids, self.names = self.computed(step)
         return images, ids
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor, list[str]]:
+    def compute(self, step: int) -> tuple[Tensor, Tensor, list[str]]:
         images, captions = self.batches.batch(step)
         names = self.batches.names if isinstance(self.batches, CaptionBatches) else captions
         try:

@@ -34,6 +34,8 @@ class Step:
     def __call__(self, images: Tensor, ids: Tensor, kept: Tensor | None, loss_scale: float | Tensor = 1.0) -> dict:
         """Take the step; a loss or a gradient norm that is not finite leaves weights and optimizer as they were.
 
+        The logit scale is held within its limits in any case.
+
         Returns:
             what `forward_backward` returns; grad_norm, before it is clipped; trust_ratio_min and trust_ratio_max, where
             the optimizer has any: tensors without a graph.
