@@ -59,15 +59,9 @@ class Copies:
         scheme = next((scheme for scheme in COMMANDS if url.startswith(scheme)), None)
         command = COMMANDS[scheme].format(_quoted(url)) if scheme else url.removeprefix("pipe:")
         self.folder.mkdir(parents=True, exist_ok=True)
-        words = ""
         with _locked(path.with_suffix(".lock")):  # several processes wait for one to make it
-            for attempt in range(ATTEMPTS):
-                if path.exists():
-                    break
-                time.sleep(attempt)
-                words = _run(command, path)
-        if words:
-            raise DataError(f"`{command}` failed {ATTEMPTS} times; {words}")
+            if not path.exists():
+                _make(command, path)
         if self.room:
             self._make_room(path)
         return path
@@ -94,6 +88,15 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _make(command: str, path: Path) -> None:
+    for attempt in range(ATTEMPTS):
+        time.sleep(attempt)
+        words = _run(command, path)
+        if not words:
+            return
+    raise DataError(f"`{command}` failed {ATTEMPTS} times; {words}")
 
 
 def _run(command: str, path: Path) -> str:
