@@ -23,12 +23,10 @@ import evakernels as ek
 from benchmarks import harness, roofline
 from evaclip import flops
 from evaclip.models import configure
-from evaclip.train.graph import Graphed
-from evaclip.train.optim import build_optimizer
-from evaclip.train.parallel import spread
+from evaclip.train.graph import step_of
+from evaclip.train.model import build_model
 from evaclip.train.ranks import Ranks, join, leave
-from evaclip.train.recipe import Compute, Data, Model, Optimizer, Recipe, build_model
-from evaclip.train.step import Step
+from evaclip.train.recipe import Compute, Data, Model, Optimizer, Recipe
 
 CLIP_GRAD_NORM = 5.0
 
@@ -100,10 +98,7 @@ def evaclips(case: Case, ranks: Ranks, **compute: Any) -> Callable[[], object] |
         torch.manual_seed(0)
         given = recipe(case, **compute)
         model = build_model(given, harness.device())
-        module = spread(model, given.compute, ranks, harness.device())
-        graph = given.compute.cuda_graph
-        step = Step(model, module, build_optimizer(model, given.optimizer, capturable=graph), given, ranks)
-        return model.config.vision, Graphed(step, harness.device()) if graph else step, *batch_of(case, ranks)
+        return model.config.vision, step_of(given, model, ranks, harness.device()), *batch_of(case, ranks)
 
     steps = count()
 

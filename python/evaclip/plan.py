@@ -13,7 +13,8 @@ from evaclip import flops, memory
 from evaclip.gpus import GPUS, Gpu
 from evaclip.models.blocks import Checkpointing
 from evaclip.models.clip import CLIP
-from evaclip.train.recipe import Recipe, build_model, load_recipe
+from evaclip.train.model import build_model
+from evaclip.train.recipe import Recipe, load_recipe
 
 Sharding = Literal["ddp", "zero1", "zero2", "zero3"]
 SHARDINGS: dict[Sharding, str] = {

@@ -11,7 +11,8 @@ from evaclip.data.preprocess import ImageTransform, image_transform
 from evaclip.data.tokenizer import get_tokenizer
 from evaclip.models.clip import CLIP
 from evaclip.train import checkpoint
-from evaclip.train.recipe import build_model, load_recipe
+from evaclip.train.model import build_model
+from evaclip.train.recipe import load_recipe
 from evaclip.weights.export import exported
 from evaclip.weights.load import load_checkpoint
 

@@ -143,8 +143,8 @@ def test_steps_of_another_shape_are_captured_anew(captures, tmp_path):
 def test_a_step_that_reads_back_cannot_be_captured(captures, tmp_path):
     """The rules of the recorder: without them these tests would prove little."""
     trainer = graphed(tiny(), tmp_path)
-    clip = trainer.optimizer.step
-    trainer.optimizer.step = lambda: clip() if float(trainer.optimizer.found_inf) == 0 else None
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: step() if float(trainer.optimizer.found_inf) == 0 else None
     for _ in range(WARM_UP):
         trainer.train_step()
     with pytest.raises(RuntimeError, match="reads from the device"):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from evaclip.models import create_model, load_checkpoint
-from evaclip.train.recipe import Model, start
+from evaclip.train.model import start
+from evaclip.train.recipe import Model
 
 
 def model_of(seed=0, **vision):

@@ -6,9 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaclip.models.clip import CLIP
+from evaclip.train.optim import build_optimizer
+from evaclip.train.parallel import spread
+from evaclip.train.ranks import Ranks
+from evaclip.train.recipe import Recipe
 from evaclip.train.step import Step
 
 WARM_UP = 3  # steps taken as they are before one is captured: libraries set themselves up, kernels are compiled
+
+
+def step_of(recipe: Recipe, model: CLIP, ranks: Ranks, device: torch.device) -> "Step | Graphed":
+    """A recipe's step of a model, which is spread over the processes, by an optimizer that is built for it."""
+    forward = spread(model, recipe.compute, ranks, device)
+    optimizer = build_optimizer(model, recipe.optimizer, capturable=recipe.compute.cuda_graph)
+    step = Step(model, forward, optimizer, recipe, ranks)
+    return Graphed(step, device) if recipe.compute.cuda_graph else step
 
 
 class Graphed:
@@ -20,7 +33,7 @@ class Graphed:
     """
 
     def __init__(self, step: Step, device: torch.device):
-        self.step, self.groups = step, step.optimizer.param_groups
+        self.step, self.optimizer, self.groups = step, step.optimizer, step.optimizer.param_groups
         self.stream = torch.cuda.Stream(device)  # to warm up and capture on, which the default stream cannot serve for
         self.numbers = torch.zeros(1 + len(self.groups), device=device)
         self.inputs: tuple = ()

@@ -76,7 +76,8 @@ def join(device: str, minutes: float) -> tuple[Ranks, torch.device]:
     found = pick_device(device)
     if found.type == "cuda":
         if found.index is None:
-            found = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0) if world > 1 else torch.cuda.current_device()}")
+            own = os.environ.get("LOCAL_RANK", 0) if world > 1 else torch.cuda.current_device()
+            found = pick_device(f"cuda:{own}")
         torch.cuda.set_device(found)
     if world == 1:
         return Ranks(), found

@@ -8,8 +8,9 @@ from typing import Any
 
 from evaclip.models.clip import CLIP
 from evaclip.models.config import VisionConfig
+from evaclip.train.model import build_model
 from evaclip.train.optim import parameter_groups
-from evaclip.train.recipe import Recipe, Stage, build_model
+from evaclip.train.recipe import Recipe, Stage
 
 
 def resolved(recipe: Recipe) -> str:

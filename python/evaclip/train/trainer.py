@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from bisect import bisect
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,15 +17,15 @@ from evaclip.data.common import DataError, extra
 from evaclip.gpus import gpu_of
 from evaclip.train import checkpoint
 from evaclip.train.feed import Feed
-from evaclip.train.graph import Graphed
+from evaclip.train.graph import step_of
 from evaclip.train.log import Rows, RunLog
 from evaclip.train.loss_scale import LossScale
-from evaclip.train.optim import build_optimizer, set_learning_rate, warmup_cosine
-from evaclip.train.parallel import spread
+from evaclip.train.model import build_model, start
+from evaclip.train.optim import set_learning_rate, warmup_cosine
 from evaclip.train.ranks import Ranks, join, lost
-from evaclip.train.recipe import Recipe, RecipeError, Stage, build_model, load_recipe, save_recipe, start
+from evaclip.train.recipe import Recipe, RecipeError, Stage, load_recipe, save_recipe
 from evaclip.train.source import open_stages
-from evaclip.train.step import Step, random_state, set_random_state
+from evaclip.train.step import random_state, set_random_state
 from evaclip.train.writer import Writer
 
 OF_STEPS = ("grad_norm", "trust_ratio_min", "trust_ratio_max")  # metrics of steps that were taken
@@ -61,11 +60,8 @@ class Trainer:
         self.stages = recipe.stages()
         self.source = open_stages(recipe, self.model.config, self.ranks.rank, self.ranks.world)
         self.feed = Feed(self.source, self.device, recipe.steps)
-        forward = spread(self.model, recipe.compute, self.ranks, self.device)
-        self.optimizer = build_optimizer(self.model, recipe.optimizer, capturable=recipe.compute.cuda_graph)
-        self.take: Callable[..., dict] = Step(self.model, forward, self.optimizer, recipe, self.ranks)
-        if recipe.compute.cuda_graph:
-            self.take = Graphed(self.take, self.device)
+        self.take = step_of(recipe, self.model, self.ranks, self.device)
+        self.optimizer = self.take.optimizer
         self.writer = Writer(recipe, self.ranks)
         self.scale = LossScale()
         if recipe.compute.half == torch.float16:
