@@ -416,7 +416,9 @@ def show(rows: list[dict]) -> None:
             print(f"  {row['provider']:<{width}} {row['peak_mb']:>12.1f} MB")
             continue
         if row["samples_per_s"] != "":
-            share += f"{row['samples_per_s']:9.1f} samples/s, {row['share_of_matmul']:.1%} of a matrix product"
+            share += f"{row['samples_per_s']:9.1f} samples/s"
+        if row["share_of_matmul"] != "":
+            share += f", {row['share_of_matmul']:.1%} of a matrix product"
         print(
             f"  {row['provider']:<{width}} {row['p50_us']:>12.1f} us  ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
             f"  {row['p50_us'] / ours:6.2f} x  {share}"
