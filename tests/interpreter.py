@@ -1,7 +1,18 @@
 """Triton's interpreter, where it computes otherwise than a GPU, and where it is slower than it need be."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 import numpy as np
 import torch
+from packaging.version import Version
+
+
+def runs() -> bool:
+    """Whether Triton is there and its interpreter runs: that of 3.6 fails with NumPy 2.4 and later."""
+    try:
+        return Version(version("triton")) >= Version("3.7") or Version(np.__version__) < Version("2.4")
+    except PackageNotFoundError:
+        return False
 
 
 def mend(monkeypatch) -> None:

@@ -192,9 +192,9 @@ def test_ops_pass_opcheck(device):
     opcheck(OPS.contrastive_with_gradients.default, (*arguments, *ALONE, False, True))
 
 
-def test_float64_is_refused_in_words():
-    with ek.using("triton"), pytest.raises(NotImplementedError, match=r"kernels take float32, .* not torch.float64"):
-        ek.contrastive_loss(*pairs(3), 1.0)
+def test_float64_is_refused_in_words(triton_kernels):
+    with pytest.raises(NotImplementedError, match=r"kernels take float32, .* not torch.float64"):
+        ek.contrastive_loss(*(x.to(triton_kernels) for x in pairs(3)), 1.0)
 
 
 # Samples that are rows and columns: of several ranks, of equal shares and of unequal ones.

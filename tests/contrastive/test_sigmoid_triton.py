@@ -103,6 +103,6 @@ def test_ops_pass_opcheck(device):
         opcheck(OPS.sigmoid_with_gradients.default, (*arguments, *ALONE, *wants))
 
 
-def test_float64_is_refused_in_words():
-    with ek.using("triton"), pytest.raises(NotImplementedError, match=r"kernels take float32, .* not torch.float64"):
-        ek.sigmoid_loss(*agreeing_pairs(3), 1.0, 0.0)
+def test_float64_is_refused_in_words(triton_kernels):
+    with pytest.raises(NotImplementedError, match=r"kernels take float32, .* not torch.float64"):
+        ek.sigmoid_loss(*(x.to(triton_kernels) for x in agreeing_pairs(3)), 1.0, 0.0)

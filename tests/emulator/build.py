@@ -44,7 +44,7 @@ def missing() -> str | None:
     if cuda_include() is None:
         return (
             "the emulated library needs the headers of CUDA; set CUDA_HOME to a CUDA 13 toolkit, or `pip install "
-            "nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*`"
+            "nvidia-cuda-runtime==13.* nvidia-cuda-crt==13.* nvidia-cuda-cccl==13.*`"
         )
     return None
 

@@ -34,6 +34,9 @@ def curve(folder: Path) -> list[float]:
 
 
 def test_the_quick_start_follows_its_golden_curve(tmp_path):
+    drawn = torch.nn.init.trunc_normal_(torch.empty(64), std=0.02, generator=torch.Generator().manual_seed(0))
+    if drawn[0].item() != pytest.approx(-0.0225168, rel=1e-4):
+        pytest.skip("this torch makes other weights of a seed: 2.11 draws truncated normal numbers in another way")
     golden = json.loads(CURVE.read_text())
     # The first steps agree to rounding. Later ones drift apart with the order of sums, which differs between
     # processors and thread counts: what is left is that the run learns as much.
