@@ -1,20 +1,19 @@
 """Runs a function in several processes that form a gloo group, and brings back what they return."""
 
-import io
 import multiprocessing
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-import torch.distributed as dist
+import rank
 
-# A server that has imported torch once, and forks a process in milliseconds.
+# A server that has imported once what takes seconds, and forks a process in milliseconds. It starts now, before readers
+# of batches start one that has imported less.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "evakernels"])
+CONTEXT.set_forkserver_preload(["evaclip.train.trainer", "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp"])
+forkserver.ensure_running()
 
 
 def run(function: Callable, size: int, *args, seconds: float = 120) -> list:
@@ -29,8 +28,10 @@ def run(function: Callable, size: int, *args, seconds: float = 120) -> list:
     """
     with TemporaryDirectory() as folder:
         queue = CONTEXT.SimpleQueue()
-        arguments = queue, function, size, str(Path(folder, "store")), seconds, packed(args)
-        processes = [CONTEXT.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(size)]
+        arguments = queue, function, size, str(Path(folder, "store")), seconds, rank.packed(args)
+        processes = [
+            CONTEXT.Process(target=rank.serve, args=(number, *arguments), daemon=True) for number in range(size)
+        ]
         for process in processes:
             process.start()
         found: dict[int, object] = {}
@@ -43,31 +44,10 @@ def run(function: Callable, size: int, *args, seconds: float = 120) -> list:
                     assert time.monotonic() < end, f"{function.__name__} took longer than {seconds} s"
                     time.sleep(0.01)
                     continue
-                rank, result, error = queue.get()
-                assert not error, f"rank {rank} of {size}:\n{error}"
-                found[rank] = unpacked(result)
+                number, result, error = queue.get()
+                assert not error, f"rank {number} of {size}:\n{error}"
+                found[number] = rank.unpacked(result)
         finally:
             for process in processes:
                 process.kill()
-        return [found[rank] for rank in range(size)]
-
-
-def _rank(rank: int, queue, function: Callable, size: int, store: str, seconds: float, args: bytes) -> None:
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
-        )
-        queue.put((rank, packed(function(*unpacked(args))), None))
-        dist.destroy_process_group()
-    except Exception:
-        queue.put((rank, None, traceback.format_exc()))
-
-
-def packed(value) -> bytes:
-    torch.save(value, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
-def unpacked(value: bytes):
-    return torch.load(io.BytesIO(value), weights_only=False)
+        return [found[number] for number in range(size)]
