@@ -117,7 +117,7 @@ SMALL = (
 
 
 def test_signals_save_before_leaving_and_the_run_continues_bitwise(tmp_path):
-    run, told = tmp_path / "runs/digits", ("digits", *SMALL, "--schedule.steps", "120")
+    run, told = tmp_path / "runs/digits", ("digits", *SMALL, "--schedule.steps", "60")
     for number, lines in ((signal.SIGINT, 5), (signal.SIGTERM, 20)):
         process = train_in_a_process(tmp_path, *told)
         wait_for_metrics(run / "metrics.jsonl", lines)
@@ -126,7 +126,7 @@ def test_signals_save_before_leaving_and_the_run_continues_bitwise(tmp_path):
         assert process.returncode == 128 + number, output
         assert "To continue: evaclip train runs/digits" in output
         stopped = checkpoint.load_trainer(checkpoint.latest(run))["step"]
-        assert lines <= stopped < 120
+        assert lines <= stopped < 60
         told = ("runs/digits",)
     process = train_in_a_process(tmp_path, *told)
     output, _ = process.communicate(timeout=120)
