@@ -10,6 +10,7 @@ import torch
 
 from evaclip.data.check import Check, check
 from evaclip.data.common import DataError, extra
+from evaclip.data.digits import SIZE as DIGITS
 from evaclip.data.pack import Pack, pack
 from evaclip.device import pick_device
 from evaclip.evaluate import TEMPLATES, load_templates, print_results, write_json
@@ -124,7 +125,7 @@ def train(arguments: list[str]) -> int:
         return {"SIGINT": 130, "SIGTERM": 143}.get(outcome, 1)
     if scale:
         print(f"trained {trainer.step} steps, phases: {len(trainer.stages)}")
-    elif recipe.data.source == "digits":
+    elif recipe.digits:
         model, tokenizer, _ = load(folder, device=trainer.device)  # whole, and not compiled
         show_digits(model, tokenizer, folder)
     else:
@@ -212,6 +213,11 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("which run? Give a folder that `evaclip train` wrote, or one of its checkpoints")
     model, tokenizer, preprocess = load(name, device=pick_device(options.device))
     if options.data == "digits":
+        if (preprocess.channels, preprocess.size) != (1, DIGITS):
+            raise ValueError(
+                f"{name} is not for the digits, which are evaluated where --data is not given; give a folder with one "
+                "subfolder of images per class, or images with captions"
+            )
         results = evaluate_digits(model, tokenizer)
     else:
         results = evaluate_images(

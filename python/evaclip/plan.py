@@ -180,10 +180,11 @@ def jobs(recipe: Recipe, gpu: Gpu, gpus: int) -> list[tuple[Job, int]]:
         ValueError: the batch cannot be divided among the GPUs.
     """
     batch, precision = recipe.data.batch_size, recipe.compute.precision
-    if gpus < 1 or batch % gpus:
-        gpus, given = max(gpus, 1), gpus
+    if gpus < 1:
+        raise ValueError(f"--gpus is {gpus}; at least 1")
+    if batch % gpus:
         raise ValueError(
-            f"a batch of {batch:,} cannot be divided among {given} GPUs; give a multiple of their number, as "
+            f"a batch of {batch:,} cannot be divided among {gpus} GPUs; give a multiple of their number, as "
             f"{max(1, round(batch / gpus)) * gpus:,}"
         )
     model = build_model(recipe, "meta")
@@ -322,7 +323,9 @@ class Planning:
 
 
 def planned(recipe: Recipe, options: Planning) -> Recipe:
-    """The recipe with what the command line gives."""
+    """The recipe with what the command line gives; ValueError where it cannot be."""
+    if options.mfu is not None and not 0 < options.mfu <= 1:
+        raise ValueError(f"--mfu is {options.mfu}; above 0, at most 1: 0.4 are 40 %")
     data, schedule, phases, compute = recipe.data, recipe.schedule, recipe.phase, recipe.compute
     if options.batch is not None:
         data = dataclasses.replace(data, batch_size=options.batch)

@@ -52,8 +52,13 @@ def test_a_wrong_recipe_names_file_key_and_type(toml, sentence, tmp_path):
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(RecipeError, match="no recipe 'digit'; did you mean digits"):
+    with pytest.raises(RecipeError, match="no recipe 'digit', and no file of that name; did you mean digits"):
         load_recipe("digit")
+
+
+def test_a_folder_that_is_no_run_is_told_apart(tmp_path):
+    with pytest.raises(RecipeError, match=r"is a folder, but none of a run: there is no .*recipe.json"):
+        load_recipe(str(tmp_path))
 
 
 def test_types_are_converted_where_nothing_is_lost(tmp_path):

@@ -15,6 +15,7 @@ from shard_files import NUMBERS, jpeg, numbers, write_shards
 from train.ranked import equal
 
 from evaclip.cli import main
+from evaclip.data.shards import Shards
 from evaclip.models import configure
 from evaclip.train.log import read_metrics
 from evaclip.train.recipe import Mixed, Recipe, RecipeError, load_recipe
@@ -193,3 +194,26 @@ def test_from_a_folder_of_images_through_shards_to_a_trained_model(tmp_path, mon
     options = ["--data.source", "shards", "--data.tokenizer", WORDS, "--data.workers", "1", "--data.cache", "cache"]
     assert main(["train", "digits", *SMALL, *options, "--schedule.steps", "4"]) == 0
     assert "trained 4 steps" in capsys.readouterr().out
+    assert main(["eval", "runs/digits"]) == 2
+    assert "not for the digits" in capsys.readouterr().err
+
+
+def test_a_mixture_is_trained_on_to_the_end(tmp_path, monkeypatch, capsys):
+    """The recipe of a mixture names no source, so the digits' name stands there."""
+    monkeypatch.chdir(tmp_path)
+    sets = [write_shards(tmp_path / name, [9, 8]) for name in ("a", "b")]
+    mixture = ", ".join(f'{{source = "{source}"}}' for source in sets)
+    (tmp_path / "mixed.toml").write_text(f"[data]\nmixture = [{mixture}]")
+    told = ["--data.tokenizer", WORDS, "--data.workers", "0", "--data.cache", "cache", "--schedule.steps", "2"]
+    assert main(["train", "mixed.toml", *SMALL, *told]) == 0
+    assert "trained 2 steps. Next: evaclip eval" in capsys.readouterr().out
+
+
+def test_a_shard_that_is_cut_short_is_told_of_and_read(tmp_path, caplog):
+    pattern = write_shards(tmp_path / "a", [9, 8])
+    path = tmp_path / "a/000.tar"
+    path.write_bytes(path.read_bytes()[:8192])
+    shards = Shards(pattern, cache=tmp_path / "cache")
+    assert 0 < shards.counts()[0] < 9
+    (told,) = caplog.messages
+    assert "000.tar" in told and "what is whole of it is read" in told

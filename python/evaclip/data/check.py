@@ -132,7 +132,7 @@ def _show(report: Report, options: Check, workers: int, seconds: float, say: Cal
     say(f"members    {', '.join(f'{count} .{suffix}' for suffix, count in report.suffixes.most_common(10))}")
     say(f"left out   {report.left_out} without {kind} or caption")
     share = len(report.broken) / n
-    say(f"broken     {len(report.broken)} samples ({share:.2%}), {len(report.problems)} problems with shards")
+    say(f"broken     {len(report.broken)} samples ({share:.2%}), shards with problems: {len(report.problems)}")
     for line in [*report.problems[:SHOWN], *report.broken[:SHOWN]]:
         say(f"  {line}")
     more = sum(max(0, len(lines) - SHOWN) for lines in (report.problems, report.broken))

@@ -103,9 +103,10 @@ class Mixture:
         total = int(counts.sum())
         least = apportioned(self.batch_size, self.weights)[number]
         if total < max(1, least):
+            mend = "make batches smaller" if total else "`evaclip data check` tells what it holds"
             raise ValueError(
                 f"{shards.source} has {total} samples with {'a video' if self.frames else 'an image'} and a caption, "
-                f"but a batch of {self.batch_size} takes {least} of it; make batches smaller"
+                f"but a batch of {self.batch_size} takes {least} of it; {mend}"
             )
         window = max(WINDOW, -(-4 * most * len(shards) // total))
         return EpochOrder(counts, seed=self.seed, stream=stream, window=window)

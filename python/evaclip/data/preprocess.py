@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def named_error(name: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:  # Pillow's readers raise what they please on damaged files
         reason = f"{type(error).__name__}: {error}".replace(f" {os.fspath(name)!r}", "")
+        reason = re.sub(r" <_io.BytesIO object at \w+>", "", reason)
         raise ImageError(f"cannot read the image {os.fspath(name)}: {reason}") from error
 
 

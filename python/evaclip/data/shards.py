@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -22,6 +23,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "gif", "webp")
 CAPTIONS = ("captions.json", "txt", "caption")  # the first one counts
 OPEN = 64  # shards at once
+
+log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -67,6 +70,7 @@ class Shards:
             raise ValueError(f"{len(missing)} of the {len(self.urls)} shards {source} do not exist: {some(missing)}")
         self.samples = Recent(self._grouped, OPEN)
         self._files = Recent(self._opened, OPEN)
+        self._told: set[int] = set()  # shards of whose problems the log knows
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -144,7 +148,11 @@ class Shards:
 
     def _grouped(self, shard: int) -> list[Sample]:
         """The samples of a shard; DataError where it cannot be read."""
-        found = (_sample(key, members, self.suffixes) for key, members in grouped(self.index(shard)))
+        index = self.index(shard)
+        if index.problems and shard not in self._told:
+            self._told.add(shard)
+            log.warning("%s: %s; what is whole of it is read", self.urls[shard], "; ".join(index.problems))
+        found = (_sample(key, members, self.suffixes) for key, members in grouped(index))
         return [sample for sample in found if sample]
 
 

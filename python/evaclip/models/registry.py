@@ -63,7 +63,7 @@ def configure(name: str, *, vision: dict[str, Any] | None = None, text: dict[str
     """The configuration of a model by name, with fields of its towers overridden; errors as `create_model`."""
     name = ALIASES.get(name, name)
     if name not in CONFIGS:
-        raise ValueError(f"no model is called {name!r}{_nearest(name, list_models())}; list_models() gives them all")
+        raise ValueError(f"no model is called {name!r}{_nearest(name, list_models())}; `evaclip models` lists them all")
     config = CONFIGS[name]
     return replace(config, vision=_override(config.vision, "vision", vision), text=_override(config.text, "text", text))
 

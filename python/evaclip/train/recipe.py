@@ -60,7 +60,8 @@ class Data:
     """"digits"; a folder of images with captions beside them; a CSV/TSV/JSONL of image and caption; or .tar shards: a
     folder of them, a pattern ("*.tar", "{000..099}.tar"), "pipe:command" or an address like "s3://bucket/{0..9}.tar"."""
     mixture: tuple[Mixed, ...] = ()
-    """Data sets that share each batch, as [{source = "...", weight = 4}, ...]; instead of `source`."""
+    """Data sets that share each batch, as [{source = "...", weight = 4}, ...]; unless `source` is given, which goes
+    before it."""
     mode: Literal["epoch", "resampled"] = "epoch"
     """Shards: each sample once per epoch, or shards drawn anew, of which only those drawn are read."""
     workers: int = 4
@@ -277,6 +278,11 @@ class Recipe:
             for first, end, phase in zip([0, *ends], ends, phases, strict=False)
         )
 
+    @property
+    def digits(self) -> bool:
+        """Whether it trains on the digits from beginning to end."""
+        return all(stage.data.source == "digits" and not stage.data.mixture for stage in self.stages())
+
     def _data(self, phase: Phase) -> Data:
         changes = {key: value for key in _OF_DATA if (value := getattr(phase, key)) is not None}
         if "source" in changes or self.data.source != Data.source:
@@ -390,9 +396,12 @@ def load_recipe(name: str) -> Recipe:
     files = recipe_files()
     path = files.get(name, Path(name))
     if not path.is_file():
+        if path.is_dir():
+            raise RecipeError(f"{name} is a folder, but none of a run: there is no {path / 'recipe.json'}")
         near = get_close_matches(name, files, n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise RecipeError(f"no recipe {name!r}; {hint}Known: {', '.join(files)}; or give the path of a TOML file")
+        known = f"Known: {', '.join(files)}; or give the path of a TOML file or of a run's folder"
+        raise RecipeError(f"no recipe {name!r}, and no file of that name; {hint}{known}")
     try:
         text = path.read_text()
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
