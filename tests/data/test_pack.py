@@ -161,7 +161,7 @@ def test_check_counts_and_finds_what_is_broken(tmp_path):
     assert len(report.problems) == 2 and "f.jpg is cut short" in report.problems[0] and "no tar" in report.problems[1]
     assert report.suffixes == {"jpg": 14, "txt": 14}
     text = "\n".join(said)
-    assert "samples    13" in text and "3 samples (23.08%), 2 problems" in text and "000.tar: 0002" in text
+    assert "samples    13" in text and "3 samples (23.08%), shards with problems: 2" in text and "000.tar: 0002" in text
     undecoded = check(str(tmp_path), Check(workers=1, decode=False, cache=tmp_path / "cache"), quiet)
     assert [line.split(": ")[1] for line in undecoded.broken] == ["d"]
 

@@ -106,7 +106,7 @@ def check_shard(shards: Shards, shard: int, decode: bool = True) -> Report:
     for _, members in grouped(index):
         report.suffixes.update(list(members))
         report.left_out += 1
-    samples = shards.samples(shard)
+    samples = shards.samples_of(index)
     report.samples, report.left_out = len(samples), report.left_out - len(samples)
     for sample in samples:
         name = shards.name(shard, sample)

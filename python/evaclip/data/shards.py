@@ -152,6 +152,10 @@ class Shards:
         if index.problems and shard not in self._told:
             self._told.add(shard)
             log.warning("%s: %s; what is whole of it is read", self.urls[shard], "; ".join(index.problems))
+        return self.samples_of(index)
+
+    def samples_of(self, index: tar.TarIndex) -> list[Sample]:
+        """The samples among a shard's members."""
         found = (_sample(key, members, self.suffixes) for key, members in grouped(index))
         return [sample for sample in found if sample]
 
