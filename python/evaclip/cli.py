@@ -10,7 +10,7 @@ import torch
 
 from evaclip.data.check import Check, check
 from evaclip.data.common import DataError, extra
-from evaclip.data.digits import SIZE as DIGITS
+from evaclip.data.digits import Digits
 from evaclip.data.pack import Pack, pack
 from evaclip.device import pick_device
 from evaclip.evaluate import TEMPLATES, load_templates, print_results, write_json
@@ -88,11 +88,11 @@ def train(arguments: list[str]) -> int:
             "move newer ones away to continue from this"
         )
     recipe = load_recipe(str(run / "recipe.json") if run else name) if name else Recipe()
+    if scale:
+        recipe = tiny(recipe)
     recipe = _parse(Recipe, f"evaclip train {name or 'RECIPE'}", rest, recipe)
     if not name:
         raise RecipeError(f"which recipe? Known: {', '.join(recipe_files())}; or a TOML file, or a run's folder")
-    if scale:
-        recipe = tiny(recipe)
     if show:
         print(resolved(recipe), end="")
         return 0
@@ -213,7 +213,7 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("which run? Give a folder that `evaclip train` wrote, or one of its checkpoints")
     model, tokenizer, preprocess = load(name, device=pick_device(options.device))
     if options.data == "digits":
-        if (preprocess.channels, preprocess.size) != (1, DIGITS):
+        if (preprocess.channels, preprocess.size) != (1, Digits(batch_size=1).image_size):
             raise ValueError(
                 f"{name} is not for the digits, which are evaluated where --data is not given; give a folder with one "
                 "subfolder of images per class, or images with captions"

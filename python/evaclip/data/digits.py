@@ -11,7 +11,6 @@ from evaclip.data.tokenizer import WordTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 8  # pixels of one digit, each way
-SIZE = (SIDE, 3 * SIDE)  # of a number of three digits
 
 
 class Digits:
