@@ -131,6 +131,7 @@ def test_grid_of_an_image_that_is_no_square():
     ("name", "options", "sentence"),
     [
         ("EVA02-CLIP-B16", {}, r"no model is called 'EVA02-CLIP-B16' \(did you mean 'EVA02-CLIP-B-16'"),
+        ("eva_clip_18b", {}, r"did you mean 'EVA-CLIP-18B'"),
         ("EVA-CLIP-8B", {"vision": {"layer": 2}}, r"vision tower has no field 'layer' \(did you mean 'layers'"),
         ("EVA-CLIP-8B", {"text": {"vocab": 9}}, "text tower has no field 'vocab'.*it has context, vocabulary"),
         ("EVA-CLIP-8B", {"vision": {"layers": "two"}}, "vision tower.s layers is .two.; it must be of type int"),

@@ -85,5 +85,7 @@ def _override(tower: VisionConfig | TextConfig, which: str, changes: dict[str, A
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f" (did you mean {', '.join(map(repr, matches))}?)" if matches else ""
+    """A question; capitals, and dashes or underscores, tell words as little apart as people do."""
+    plain = {one.casefold().replace("_", "-"): one for one in known}
+    matches = difflib.get_close_matches(word.casefold().replace("_", "-"), plain, n=3, cutoff=0.5)
+    return f" (did you mean {', '.join(repr(plain[match]) for match in matches)}?)" if matches else ""
