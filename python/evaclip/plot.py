@@ -11,6 +11,9 @@ PANELS = (  # what is drawn, and the name of its axis
     ("logit_scale", "logit scale"),
     ("grad_norm", "norm of the gradients"),
     ("lr", "learning rate, vision"),
+    ("trust_ratio_min", "smallest trust ratio"),
+    ("trust_ratio_max", "largest trust ratio"),
+    ("loss_scale", "loss scale"),
     ("samples_per_second", "samples/s"),
     ("mfu", "MFU"),
     ("data_wait", "share of time waiting for data"),
@@ -49,9 +52,11 @@ def draw(runs: list[Path], output: Path) -> Path:
             points = [(row["step"], row[key]) for row in found if key in row]
             axis.plot(*zip(*points, strict=True), label=str(run), linewidth=1) if points else None
         axis.set(ylabel=label, xlabel="step")
+        axis.tick_params(labelbottom=True)  # also where the axis below, which shares its steps, has nothing to draw
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize="small")
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     pyplot.close(figure)
     return output
