@@ -119,10 +119,11 @@ def test_every_recipe_trains_through_all_its_phases_when_shrunk(name, tmp_path):
     trainer.model.visual.forward = watched
     before = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
     assert trainer.run() == "finished"
-    dropped = (16, 6) if recipe.data.patch_drop else (16, None)
-    assert encoded == [dropped] * 4 + ([(16, None)] * 4 + [(128, 6)] * 4 if recipe.phase else [])
+    parts = recipe.compute.micro_batches  # each is encoded for its features, and for its gradients
+    first = [(16 // parts, 6 if recipe.data.patch_drop else None)] * (4 if parts == 1 else 4 * 2 * parts)
+    assert encoded == first + ([(16, None)] * 4 + [(128, 6)] * 4 if recipe.phase else [])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == len(encoded) and all(math.isfinite(row["loss"]) for row in rows)
+    assert len(rows) == 4 * len(trainer.stages) and all(math.isfinite(row["loss"]) for row in rows)
     for key, value in trainer.model.named_parameters():
         exact = trainer.optimizer.state[value].get("master", value)
         fixed = key == "logit_scale" and recipe.loss.fixed_logit_scale is not None
