@@ -4,6 +4,7 @@ A call makes a batch in this process, without workers, from photographs that are
 `python -m benchmarks.bench_data` prints images per second of CPU time.
 """
 
+import argparse
 import io
 import math
 import statistics
@@ -145,6 +146,7 @@ def difference(files: list[bytes]) -> float:
 
 def main() -> None:
     """A table by CPU time, which other processes on the machine change less than wall time."""
+    argparse.ArgumentParser("python -m benchmarks.bench_data", description=main.__doc__).parse_args()
     torch.set_num_threads(1)
     names = ("fast", "fast, normalised", "exact", "open_clip")
     print("| JPEG | " + " | ".join(names) + " | fast : open_clip | difference of fast to exact |")
