@@ -78,22 +78,6 @@ def kernels(request):
         yield torch.device("cpu" if request.param == "emulated" else "cuda")
 
 
-@pytest.fixture
-def bfloat16_rounds_as_on_a_gpu(monkeypatch):
-    """To nearest even: Triton's interpreter cuts float32 off, or rounds up without a carry into the exponent."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def converted(data, source, target, rounding):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
-        return convert(data, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
-
-
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_kernels(request):
     """The device of the Triton kernels, which answer for every call: interpreted on the CPU, or a GPU."""
@@ -101,6 +85,6 @@ def triton_kernels(request):
     if request.param == "interpreted":
         if not jit.INTERPRETED:
             pytest.skip("Triton compiles here: TRITON_INTERPRET is not 1 (on a CPU Triton 3.6 wants numpy before 2.4)")
-        request.getfixturevalue("bfloat16_rounds_as_on_a_gpu")
+        interpreter.round_bfloat16(request.getfixturevalue("monkeypatch"))
     with ek.using("triton"):
         yield torch.device("cpu" if request.param == "interpreted" else "cuda")

@@ -15,6 +15,21 @@ def runs() -> bool:
         return False
 
 
+def round_bfloat16(monkeypatch) -> None:
+    """To nearest even, as a GPU does: the interpreter cuts float32 off, or rounds up without a carry to the exponent."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(data, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+
 def mend(monkeypatch) -> None:
     """Products of bfloat16 are those of their values, not of their bits, and float32 is rounded to it, not cut off.
 
@@ -23,13 +38,8 @@ def mend(monkeypatch) -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert, dot, patch = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang
+    dot, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang
     patched = set()
-
-    def converted(data, source, target, rounding):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.tensor(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return convert(data, source, target, rounding)
 
     def widened(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -42,7 +52,7 @@ def mend(monkeypatch) -> None:
             patch(function.fn)
         return function.rewrite()(*args, **kwargs)
 
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
+    round_bfloat16(monkeypatch)
     monkeypatch.setattr(
         interpreter.InterpreterBuilder,
         "create_dot",

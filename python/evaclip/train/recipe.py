@@ -83,7 +83,7 @@ class Data:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of an image's area that the random crop of training keeps, from and to."""
     max_unreadable: float = 0.01
-    """Share of the images that may be unreadable (or ten of them) before the run stops; they are named and replaced."""
+    """Share of the images that may be unreadable, beyond nine, before the run stops; they are named and replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
