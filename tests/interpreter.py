@@ -16,7 +16,7 @@ def runs() -> bool:
 
 
 def round_bfloat16(monkeypatch) -> None:
-    """To nearest even, as a GPU does: the interpreter cuts float32 off, or rounds up without a carry to the exponent."""
+    """To nearest even, as a GPU does: the interpreter cuts float32 off, or rounds up without a carry."""
     import triton.language as tl
     from triton.runtime import interpreter
 
