@@ -117,7 +117,8 @@ def parts(job: Job, way: Way) -> dict[str, float]:
         "activations": memory.activations(config, step, checkpointing=way.checkpointing),
         "workspace": memory.workspace(config, step),
         "loss": memory.loss(config, local, ranks),
-        "input": 2 * 4 * local * job.frames * config.vision.channels * math.prod(config.vision.image),  # one read ahead
+        # Pixels of this batch and of the next one; float32 where they are encoded.
+        "input": (2 * local + 4 * step.batch) * job.frames * config.vision.channels * math.prod(config.vision.image),
         "buffers": held.buffers,
     }
     return {name: float(size) for name, size in found.items()}
@@ -337,4 +338,5 @@ def planned(recipe: Recipe, options: Planning) -> Recipe:
         schedule, phases = dataclasses.replace(schedule, samples=samples, steps=0), ()
     precision = options.precision or compute.precision
     compute = dataclasses.replace(compute, micro_batches=1, precision=precision)
+    phases = tuple(dataclasses.replace(phase, micro_batches=None) for phase in phases)
     return dataclasses.replace(recipe, data=data, schedule=schedule, compute=compute, phase=phases)

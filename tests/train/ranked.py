@@ -39,6 +39,11 @@ def trainer(folder: str, changes: dict, resume: bool = False) -> Trainer:
     return Trainer(tiny(**changes), Path(folder), resume=resume)
 
 
+def as_pixels(images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of normalised grey images as shards give it, uint8; to the nearest level."""
+    return ((images + 1) * 127.5).round().to(torch.uint8), ids
+
+
 def equal(a, b) -> bool:
     """Whether two states are the same, to the last bit."""
     if isinstance(a, torch.Tensor):

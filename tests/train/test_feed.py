@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from evaclip.data.common import DataError
-from evaclip.data.preprocess import normalized
 from evaclip.train.feed import Feed
 
 STEPS = 5
@@ -65,7 +64,7 @@ def feed_of(source, ahead):
 
 def check(feed, step):
     images, ids = feed.batch(step)
-    assert torch.equal(images, normalized(pixels(step)))
+    assert torch.equal(images, pixels(step))
     assert torch.equal(ids, torch.full((2, 7), step))
     assert feed.names == [f"sample of step {step}"]
 
@@ -90,12 +89,6 @@ def test_an_error_comes_with_its_own_step(streams):
     with pytest.raises(DataError, match="unreadable"):
         feed.batch(2)
     check(feed, 3)
-
-
-def test_what_is_normalised_already_stays_as_it_is():
-    source, images = Numbers(), torch.randn(2, 1, 4, 4)
-    source.batch = lambda step: (images.clone(), torch.zeros(2, 7))
-    assert torch.equal(feed_of(source, ahead=False).batch(0)[0], images)
 
 
 @pytest.mark.gpu

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from train.ranked import equal, tiny, weights
+from train.ranked import as_pixels, equal, tiny, weights
 
 from evaclip.train import graph
-from evaclip.train.graph import WARM_UP, Graphed
+from evaclip.train.graph import WARM_UP, Graphed, _kind
 from evaclip.train.recipe import Phase, RecipeError
 from evaclip.train.trainer import Trainer
 
@@ -114,6 +114,17 @@ def test_replayed_steps_are_those_of_a_run_without_a_graph(changes, captures, mo
     assert [row["loss"] for row in replayed[0]] == pytest.approx(losses, rel=1e-4)  # learning rates are rounded
 
 
+def test_pixels_are_normalised_in_the_graph(captures, tmp_path):
+    losses = []
+    for make in (Trainer, graphed):
+        trainer = make(tiny(schedule__steps=WARM_UP + 3), tmp_path)
+        batch = trainer.feed.batch
+        trainer.feed.batch = lambda step, batch=batch: as_pixels(*batch(step))
+        losses.append([trainer.train_step()["loss"] for _ in range(WARM_UP + 3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert [kind for _, kind in map(_kind, trainer.take.inputs[:2])] == [torch.uint8, torch.int64]
+
+
 def test_an_overflow_is_found_in_a_replayed_step(captures, tmp_path):
     trainer = graphed(tiny(compute__precision="amp_fp16", schedule__steps=WARM_UP + 4), tmp_path)
     for _ in range(WARM_UP + 2):
@@ -154,7 +165,7 @@ def test_a_step_that_reads_back_cannot_be_captured(captures, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"compute__micro_batches": 2}, "compute.micro_batches is 1"),
+        ({"compute__micro_batches": 2}, "micro_batches is 1, that of phases"),
         ({"compute__activation_checkpointing": "block"}, "activation_checkpointing 'none'"),
         ({"compute__device": "cpu"}, "a step on cpu"),
     ],

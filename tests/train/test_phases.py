@@ -46,6 +46,18 @@ def test_a_phase_changes_what_it_names_and_nothing_else():
     assert (third.data.source, third.data.mixture) == ("b", ())
 
 
+def test_a_phase_is_divided_into_its_own_micro_batches(tmp_path, monkeypatch):
+    phases = Phase(share=1), Phase(share=1, micro_batches=4), Phase(share=1, micro_batches=1)
+    recipe = phased(phase=phases)
+    recipe = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, micro_batches=2))
+    assert [stage.micro_batches for stage in recipe.stages()] == [2, 4, 1]
+    trainer = Trainer(recipe, tmp_path)
+    sizes = []
+    trainer.model.visual.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    trainer.run()
+    assert sizes == 2 * [8] * 4 + 2 * [4] * 8 + 2 * [16]  # every part twice, unless it is the batch
+
+
 def test_a_source_given_by_hand_replaces_the_mixture():
     (stage,) = of(steps=2, source="folder", mixture=(Mixed(source="a"),)).stages()
     assert (stage.data.source, stage.data.mixture) == ("folder", ())
@@ -59,6 +71,9 @@ def test_a_source_given_by_hand_replaces_the_mixture():
         ("[[phase]]\nshare = 1\nsamples = 3", r"phase 1: share is 1.0"),
         ("[[phase]]\nshare = 1\npatch_drop = 1.0", r"phase 1: patch_drop is 1.0"),
         ("[[phase]]\nshare = 1\nframes = 0", r"phase 1: frames is 0"),
+        ("[[phase]]\nshare = 1\nmicro_batches = 0", r"phase 1: micro_batches is 0; allowed: a div"),
+        ("[[phase]]\nshare = 1\nmicro_batches = 3", r"phase 1: micro_batches is 3; allowed: a divisor of .* = 128"),
+        ("[compute]\ncuda_graph = true\n[[phase]]\nshare = 1\nmicro_batches = 2", r"compute.cuda_graph is True"),
         ("[[phase]]\nshare = 1\nkind = 'audio'", r"my.toml: phase\[0\].kind is 'audio'"),
         ("[[phase]]\nshare = 1\npatchdrop = 1.0", r"my.toml: phase\[0\].patchdrop is no field.*did you mean"),
         ("[[phase]]\nshare = 1\nmixture = [{source = 'a', wieght = 2}]", r"phase\[0\].mixture\[0\].wieght is no field"),

@@ -304,26 +304,27 @@ def test_a_gpu_is_known_by_what_its_driver_calls_it():
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "gpu", "micro_batches"),
+    ("name", "gpus", "gpu"),
     [
-        ("EVA01-CLIP-g-14", 256, "a100-40g", None),
-        ("EVA01-CLIP-g-14-plus", 112, "a100-40g", None),
-        ("EVA02-CLIP-B-16", 64, "a100-40g", None),
-        ("EVA02-CLIP-L-14", 128, "a100-40g", None),
-        ("EVA02-CLIP-L-14-336", 128, "a100-40g", None),
-        ("EVA02-CLIP-bigE-14", 144, "a100-80g", None),
-        ("EVA02-CLIP-bigE-14-plus", 144, "a100-80g", None),
-        ("EVA-CLIP-8B", 384, "a100-40g", None),
-        ("EVA-CLIP-8B-448", 384, "a100-40g", None),
-        ("EVA-CLIP-18B", 360, "a100-40g", (1, 2, 10)),  # of its phases
-        ("EVA-CLIP-18B-336", 360, "a100-40g", None),
+        ("EVA01-CLIP-g-14", 256, "a100-40g"),
+        ("EVA01-CLIP-g-14-plus", 112, "a100-40g"),
+        ("EVA02-CLIP-B-16", 64, "a100-40g"),
+        ("EVA02-CLIP-L-14", 128, "a100-40g"),
+        ("EVA02-CLIP-L-14-336", 128, "a100-40g"),
+        ("EVA02-CLIP-bigE-14", 144, "a100-80g"),
+        ("EVA02-CLIP-bigE-14-plus", 144, "a100-80g"),
+        ("EVA-CLIP-8B", 384, "a100-40g"),
+        ("EVA-CLIP-8B-448", 384, "a100-40g"),
+        ("EVA-CLIP-18B", 360, "a100-40g"),
+        ("EVA-CLIP-18B-336", 360, "a100-40g"),
     ],
 )
-def test_a_recipe_fits_the_gpus_of_its_batch(name, gpus, gpu, micro_batches):
-    compute = load_recipe(name).compute
-    sharding = {"ddp": "ddp", "fsdp2": "zero2", "fsdp": "zero3"}[compute.parallel]
-    found = jobs(load_recipe(name), GPUS[gpu], gpus)
-    for (job, _), needed in zip(found, micro_batches or [compute.micro_batches], strict=True):
-        divisors = [n for n in range(1, needed + 1) if job.batch // gpus % n == 0]
+def test_a_recipe_fits_the_gpus_of_its_batch(name, gpus, gpu):
+    """In the micro-batches of each of its phases, and in no fewer."""
+    recipe = load_recipe(name)
+    sharding = {"ddp": "ddp", "fsdp2": "zero2", "fsdp": "zero3"}[recipe.compute.parallel]
+    found = jobs(recipe, GPUS[gpu], gpus)
+    for (job, _), stage in zip(found, recipe.stages(), strict=True):
+        divisors = [n for n in range(1, stage.micro_batches + 1) if job.batch // gpus % n == 0]
         fits = [estimate(job, Way(sharding, "block", n)).fits for n in divisors]
         assert fits[-1] and not any(fits[:-1])

@@ -119,9 +119,13 @@ def test_every_recipe_trains_through_all_its_phases_when_shrunk(name, tmp_path):
     trainer.model.visual.forward = watched
     before = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
     assert trainer.run() == "finished"
-    parts = recipe.compute.micro_batches  # each is encoded for its features, and for its gradients
-    first = [(16 // parts, 6 if recipe.data.patch_drop else None)] * (4 if parts == 1 else 4 * 2 * parts)
-    assert encoded == first + ([(16, None)] * 4 + [(128, 6)] * 4 if recipe.phase else [])
+    expected = []
+    for stage in recipe.stages():
+        parts = stage.micro_batches  # each is encoded for its features, and for its gradients
+        part = 16 * stage.frames // parts, 6 if stage.data.patch_drop else None
+        expected += [part] * (4 if parts == 1 else 4 * 2 * parts)
+    assert encoded == expected
+    assert len(recipe.stages()) == (3 if recipe.phase else 1)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * len(trainer.stages) and all(math.isfinite(row["loss"]) for row in rows)
     for key, value in trainer.model.named_parameters():

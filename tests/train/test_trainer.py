@@ -9,9 +9,10 @@ import time
 
 import pytest
 import torch
-from train.ranked import tiny, weights
+from train.ranked import as_pixels, equal, tiny, weights
 
 from evaclip.data import DataError
+from evaclip.data.preprocess import normalized
 from evaclip.train import checkpoint
 from evaclip.train.recipe import RecipeError, load_recipe
 from evaclip.train.step import forward_backward
@@ -21,6 +22,21 @@ from evaclip.train.trainer import Trainer
 def assert_same(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a), [n for n in a if not torch.equal(a[n], b[n])]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pixels_are_normalised_part_by_part(parts, tmp_path):
+    recipe, gradients, shapes = tiny(), [], []
+    for prepare in (lambda images: images, normalized):
+        trainer = Trainer(recipe, tmp_path)
+        images, ids = as_pixels(*trainer.source.batch(0))
+        trainer.model.visual.register_forward_pre_hook(
+            lambda module, args: shapes.append((len(args[0]), args[0].dtype))
+        )
+        forward_backward(trainer.model, prepare(images), ids, None, recipe, micro_batches=parts)
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    assert equal(*gradients)
+    assert set(shapes) == {(len(images) // parts, torch.float32)}
 
 
 @pytest.mark.parametrize("parts", [2, 4])

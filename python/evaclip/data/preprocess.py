@@ -227,6 +227,7 @@ def _planes(image: "Image") -> np.ndarray:
 def normalized(pixels: Tensor) -> Tensor:
     """Pixels (..., channels, H, W) uint8 as float32, with the mean and standard deviation of `image_transform`."""
     of_set = (GRAY_MEAN, GRAY_STD) if pixels.shape[-3] == 1 else (MEAN, STD)
-    mean, std = torch.tensor(of_set, device=pixels.device)[..., None, None]
-    most = torch.full((), 255.0, device=pixels.device)  # by a number CUDA divides inexactly
+    # Filled on the device, where a graph may capture it; and `most`, as by a number CUDA divides inexactly.
+    mean, std = (torch.stack([torch.full((1, 1), x, device=pixels.device) for x in row]) for row in of_set)
+    most = torch.full((), 255.0, device=pixels.device)
     return pixels.to(torch.float32).div_(most).sub_(mean).div_(std)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from evaclip.data.preprocess import normalized
 from evaclip.train.source import Ahead, Source
 
 
@@ -11,7 +10,7 @@ class Feed(Ahead):
     """The batches of a source on a device.
 
     On a GPU a thread reads the next batch while a step computes, and copies it from page-locked memory on a stream of
-    its own; pixels travel as uint8 and are normalised there.
+    its own.
     """
 
     def __init__(self, source: Source, device: torch.device, steps: int):
@@ -22,7 +21,7 @@ class Feed(Ahead):
         self.stream = torch.cuda.Stream(device) if on_gpu else None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Normalised images or videos and token ids, as of `Source.batch`; errors are those of the source."""
+        """Images or videos and token ids, as of `Source.batch`; errors are those of the source."""
         images, ids, self.names, copied = self.computed(step)
         if copied:
             now = torch.cuda.current_stream(self.device)
@@ -36,7 +35,6 @@ class Feed(Ahead):
         names = self.source.names
         with torch.cuda.stream(self.stream):  # None changes nothing
             images, ids = self._copied(images), self._copied(ids)
-            images = normalized(images) if images.dtype == torch.uint8 else images
         return images, ids, names, self.stream.record_event() if self.stream else None
 
     def _copied(self, tensor: Tensor) -> Tensor:

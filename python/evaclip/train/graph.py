@@ -40,8 +40,15 @@ class Graphed:
         self.taken = 0  # with inputs of these shapes
         self.replay: Callable[[], dict] | None = None
 
-    def __call__(self, images: Tensor, ids: Tensor, kept: Tensor | None, loss_scale: float = 1.0) -> dict:
-        """As `Step`."""
+    def __call__(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        kept: Tensor | None,
+        loss_scale: float = 1.0,
+        micro_batches: int | None = None,
+    ) -> dict:
+        """As `Step`; of micro-batches there is one."""
         given = images, ids, kept
         if [*map(_kind, given)] != [*map(_kind, self.inputs)]:
             self.replay = None  # first, so that its memory is free

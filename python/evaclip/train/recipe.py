@@ -227,6 +227,8 @@ class Phase:
     """"video": the features of a sample are the mean of those of its frames."""
     frames: int = 8
     """Frames of a video sample, spread evenly over it."""
+    micro_batches: int | None = None
+    """As compute.micro_batches: whole images and videos take more memory."""
 
 
 class Stage(NamedTuple):
@@ -237,6 +239,7 @@ class Stage(NamedTuple):
     data: Data  # with what the phase changes
     kind: str
     frames: int  # 1 for images
+    micro_batches: int
 
     @property
     def tail(self) -> int:
@@ -274,7 +277,14 @@ class Recipe:
         weights = [phase.share or phase.samples for phase in phases]
         ends = [round(self.steps * total / sum(weights)) for total in accumulate(weights)]
         return tuple(
-            Stage(first, end, self._data(phase), phase.kind, phase.frames if phase.kind == "video" else 1)
+            Stage(
+                first,
+                end,
+                self._data(phase),
+                phase.kind,
+                phase.frames if phase.kind == "video" else 1,
+                self.compute.micro_batches if phase.micro_batches is None else phase.micro_batches,
+            )
             for first, end, phase in zip([0, *ends], ends, phases, strict=False)
         )
 
@@ -293,6 +303,7 @@ class Recipe:
         """Raise RecipeError for values that no run could have; before anything is built."""
         data, schedule, optimizer, compute, run = self.data, self.schedule, self.optimizer, self.compute, self.run
         fixed, crop = self.loss.fixed_logit_scale, data.crop_scale
+        divided = {compute.micro_batches, *(phase.micro_batches or 1 for phase in self.phase)}
         for ok, key, given, allowed in (
             (bool(self.name) and "/" not in self.name, "name", self.name, "a folder name"),
             (data.batch_size >= 2, "data.batch_size", data.batch_size, "at least 2: a contrast needs two samples"),
@@ -306,9 +317,8 @@ class Recipe:
             (schedule.steps >= 0, "schedule.steps", schedule.steps, "at least 1, or 0"),
             (schedule.samples >= 0, "schedule.samples", schedule.samples, "at least 1, or 0"),
             (schedule.warmup >= 0, "schedule.warmup", schedule.warmup, "at least 0"),
-            (compute.micro_batches >= 1, "compute.micro_batches", compute.micro_batches, "at least 1"),
             (
-                data.batch_size % max(compute.micro_batches, 1) == 0,
+                _divides(compute.micro_batches, data.batch_size),
                 "compute.micro_batches",
                 compute.micro_batches,
                 f"a divisor of data.batch_size = {data.batch_size}",
@@ -336,11 +346,11 @@ class Recipe:
                 "'none' or 'block' with compute.compile, which itself recomputes what is cheap",
             ),
             (
-                not compute.cuda_graph or (compute.micro_batches == 1 and not compute.recomputes),
+                not compute.cuda_graph or (not compute.recomputes and divided == {1}),
                 "compute.cuda_graph",
                 True,
-                "true where compute.micro_batches is 1 and compute.activation_checkpointing 'none': a graph does not "
-                "draw the same random numbers twice",
+                "true where micro_batches is 1, that of phases too, and compute.activation_checkpointing 'none': a "
+                "graph does not draw the same random numbers twice",
             ),
             (compute.loss_scale >= 1, "compute.loss_scale", compute.loss_scale, "at least 1"),
             (compute.loss_scale_window >= 1, "compute.loss_scale_window", compute.loss_scale_window, "at least 1"),
@@ -372,6 +382,12 @@ class Recipe:
                 (0 <= drop < 1, "patch_drop", drop, "at least 0 and below 1"),
                 (0 <= tail <= 1, "undropped_tail", tail, "between 0 and 1"),
                 (phase.frames >= 1, "frames", phase.frames, "at least 1"),
+                (
+                    phase.micro_batches is None or _divides(phase.micro_batches, self.data.batch_size),
+                    "micro_batches",
+                    phase.micro_batches,
+                    f"a divisor of data.batch_size = {self.data.batch_size}",
+                ),
             ):
                 if not ok:
                     raise RecipeError(f"phase {number}: {key} is {given!r}; allowed: {allowed}")
@@ -385,6 +401,10 @@ class Recipe:
 DEFAULT_STEPS = 1000
 _OF_DATA = ("source", "mixture", "patch_drop", "undropped_tail")
 _COUNTS = ("log_every", "save_every", "keep", "max_skipped")
+
+
+def _divides(count: int, size: int) -> bool:
+    return count >= 1 and size % count == 0
 
 
 def load_recipe(name: str) -> Recipe:

@@ -35,6 +35,8 @@ def _stage(number: int, stage: Stage, vision: VisionConfig) -> str:
     seen = f"{vision.tokens(stage.data.patch_drop)} of {vision.tokens()} tokens"
     if stage.tail:
         seen += f", all of them in the last {stage.tail:,} steps"
+    if stage.micro_batches > 1:
+        seen += f"; {stage.micro_batches} micro-batches"
     kind = f"videos of {stage.frames} frames" if stage.kind == "video" else "images"
     return f"phase {number}, steps {stage.first:,} to {stage.end - 1:,}: {kind} of {where}; {seen}"
 

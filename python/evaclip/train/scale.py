@@ -1,6 +1,7 @@
 """A recipe shrunk until a CPU runs it in seconds, through the same code and all its phases."""
 
 from dataclasses import replace
+from typing import Any
 
 from evaclip.data.digits import Digits
 from evaclip.train.recipe import Override, Recipe
@@ -21,7 +22,10 @@ def tiny(recipe: Recipe) -> Recipe:
     tower: dict[str, Override] = {"layers": LAYERS, "heads": HEADS, "width": WIDTH}
     vision = tower | {"image_size": digits.image_size, "patch": 4, "channels": 1}
     text = tower | {"context": tokenizer.context, "vocabulary": tokenizer.vocabulary_size}
-    phases = tuple(replace(phase, share=1.0, samples=0, source=None, mixture=None) for phase in recipe.phase)
+    phases = tuple(
+        replace(phase, share=1.0, samples=0, source=None, mixture=None, micro_batches=_few(phase.micro_batches))
+        for phase in recipe.phase
+    )
     steps = STEPS * max(1, len(phases))
     words = "words:" + " ".join(tokenizer.words)
     return replace(
@@ -37,7 +41,11 @@ def tiny(recipe: Recipe) -> Recipe:
         ),
         data=replace(recipe.data, source="digits", mixture=(), batch_size=BATCH, tokenizer=words),
         schedule=replace(recipe.schedule, steps=steps, samples=0, warmup=min(2, recipe.schedule.warmup)),
-        compute=replace(recipe.compute, device="cpu", threads=1, micro_batches=min(2, recipe.compute.micro_batches)),
+        compute=replace(recipe.compute, device="cpu", threads=1, micro_batches=_few(recipe.compute.micro_batches)),
         run=replace(recipe.run, log_every=1, save_every=STEPS, tensorboard=False),
         phase=phases,
     )
+
+
+def _few(micro_batches: Any) -> Any:  # None stays
+    return micro_batches and min(2, micro_batches)

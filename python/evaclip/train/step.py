@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import evakernels as ek
+from evaclip.data.preprocess import normalized
 from evaclip.models.clip import CLIP
 from evaclip.train.parallel import averaged, grad_norm, unsynchronized
 from evaclip.train.ranks import Ranks
@@ -31,17 +32,24 @@ class Step:
         self.model, self.forward, self.optimizer, self.recipe, self.ranks = model, forward, optimizer, recipe, ranks
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, images: Tensor, ids: Tensor, kept: Tensor | None, loss_scale: float | Tensor = 1.0) -> dict:
+    def __call__(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        kept: Tensor | None,
+        loss_scale: float | Tensor = 1.0,
+        micro_batches: int | None = None,
+    ) -> dict:
         """Take the step; a loss or a gradient norm that is not finite leaves weights and optimizer as they were.
 
-        The logit scale is held within its limits in any case.
+        The logit scale is held within its limits in any case. Arguments are those of `forward_backward`.
 
         Returns:
             what `forward_backward` returns; grad_norm, before it is clipped; trust_ratio_min and trust_ratio_max, where
             the optimizer has any: tensors without a graph.
         """
         recipe, optimizer = self.recipe, self.optimizer
-        metrics = forward_backward(self.forward, images, ids, kept, recipe, self.ranks, loss_scale)
+        metrics = forward_backward(self.forward, images, ids, kept, recipe, self.ranks, loss_scale, micro_batches)
         averaged(self.model, recipe.compute, self.ranks)
         norm = metrics["grad_norm"] = grad_norm(self.parameters) / loss_scale
         excess = (norm + CLIP_EPS) / (recipe.optimizer.clip_grad_norm or math.inf)
@@ -69,6 +77,7 @@ def forward_backward(
     recipe: Recipe,
     ranks: Ranks = ALONE,
     loss_scale: float | Tensor = 1.0,
+    micro_batches: int | None = None,
 ) -> dict:
     """Accumulate the gradient of the contrastive loss of one batch, times `loss_scale`, into the parameters.
 
@@ -78,17 +87,21 @@ def forward_backward(
 
     Args:
         model: of `CLIP`'s forward, as `parallel.spread` returns it.
-        images, ids, kept: this process's share of the batch; of several processes all must call.
+        images, ids, kept: this process's share of the batch, images normalised or uint8; of several processes all must
+            call.
+        micro_batches: by default the recipe's `compute.micro_batches`.
 
     Returns:
         loss, image_to_text and text_to_image (in-batch top-1 accuracies), logit_scale: tensors without a graph, of the
         whole batch.
     """
     compute = recipe.compute
-    parts = compute.micro_batches
+    parts = compute.micro_batches if micro_batches is None else micro_batches
     autocast = torch.autocast(images.device.type, compute.half or torch.bfloat16, enabled=compute.autocasts)
 
     def encode(images: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if images.dtype == torch.uint8:  # here, that no more of the batch is held as float32 than is encoded at once
+            images = normalized(images)
         with autocast:
             return model(images, ids, kept=kept)
 

@@ -134,7 +134,7 @@ class Trainer:
         images, ids = self._batch()
         self.waited = time.perf_counter() - began
         kept, scale = self._kept(len(images)), self.scale.value
-        tensors = self.take(images, ids, kept, scale)
+        tensors = self.take(images, ids, kept, scale, self._stage(self.step).micro_batches)
         values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
         metrics: dict = dict(zip(tensors, values, strict=True))
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
@@ -268,11 +268,11 @@ class Trainer:
 
 
 def _check_ranks(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
-    needed = ranks.world * recipe.compute.micro_batches
-    if recipe.data.batch_size < needed:
+    parts = max(stage.micro_batches for stage in recipe.stages())
+    if recipe.data.batch_size < ranks.world * parts:
         raise RecipeError(
-            f"data.batch_size is {recipe.data.batch_size}, but {ranks.world} processes with compute.micro_batches "
-            f"{recipe.compute.micro_batches} need {needed} samples at least"
+            f"data.batch_size is {recipe.data.batch_size}, but {ranks.world} processes with {parts} micro-batches need "
+            f"{ranks.world * parts} samples at least"
         )
     shard = recipe.compute.shard
     if shard and ranks.world % shard:
