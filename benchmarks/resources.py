@@ -137,17 +137,22 @@ def blocks(registers: int, threads: int, shared: int, memory: int) -> int:
 def compiled(path: Path) -> dict[tuple[str, str], dict]:
     """What the compilers made of each kernel of a library, by its name and architecture; of a cubin it is ""."""
     found: dict[tuple[str, str], dict] = {}
-    architecture = ""
+    architecture, row = "", {}
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)")
+    counted = {start for start, _ in INSTRUCTIONS.values()}
     for line in dump(path, "-res-usage", "-sass").splitlines():
-        if match := re.search(r"arch = (sm_\d+)", line):
+        if match := instruction.match(line):
+            if match[1].split(".")[0] in counted:
+                for key, (start, part) in INSTRUCTIONS.items():
+                    row[key] += match[1].split(".")[0] == start and part in match[1]
+        elif line.lstrip().startswith("/*"):  # the second half of an instruction's code
+            continue
+        elif match := re.search(r"arch = (sm_\d+)", line):
             architecture = match[1]
         elif match := re.search(r"Function (?:: )?([^\s:]+)", line):
             row = found.setdefault((match[1], architecture), dict.fromkeys(INSTRUCTIONS, 0))
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             row |= zip(("registers", "stack_bytes", "shared_bytes"), map(int, match.groups()), strict=True)
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", line):
-            for key, (start, part) in INSTRUCTIONS.items():
-                row[key] += match[1].split(".")[0] == start and part in match[1]
     return found
 
 
