@@ -57,6 +57,19 @@ def test_resampled_mixtures_go_to_readers_too(readers):
     assert all(same(alone.batch(step), several.batch(step)) for step in range(4))
 
 
+@pytest.mark.parametrize("mode", ["epoch", "resampled"])
+def test_a_shard_that_is_cut_short_is_told_of_once_and_read(mode, readers, tmp_path, caplog):
+    path = tmp_path / "shards/002.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    several, names = readers(2, mode=mode), []
+    for step in range(12):
+        several.batch(step)
+        names += several.names
+    (told,) = [message for message in caplog.messages if "what is whole of it is read" in message]
+    assert told.startswith(f"{path}: ")
+    assert any(name.startswith(f"{path}: ") for name in names)
+
+
 def test_a_reader_that_dies_is_named_and_the_run_does_not_hang(readers):
     several = readers(2)
     several.batch(0)

@@ -15,7 +15,6 @@ from shard_files import NUMBERS, jpeg, numbers, write_shards
 from train.ranked import equal
 
 from evaclip.cli import main
-from evaclip.data.shards import Shards
 from evaclip.models import configure
 from evaclip.train.log import read_metrics
 from evaclip.train.recipe import Mixed, Recipe, RecipeError, load_recipe
@@ -207,13 +206,3 @@ def test_a_mixture_is_trained_on_to_the_end(tmp_path, monkeypatch, capsys):
     told = ["--data.tokenizer", WORDS, "--data.workers", "0", "--data.cache", "cache", "--schedule.steps", "2"]
     assert main(["train", "mixed.toml", *SMALL, *told]) == 0
     assert "trained 2 steps. Next: evaclip eval" in capsys.readouterr().out
-
-
-def test_a_shard_that_is_cut_short_is_told_of_and_read(tmp_path, caplog):
-    pattern = write_shards(tmp_path / "a", [9, 8])
-    path = tmp_path / "a/000.tar"
-    path.write_bytes(path.read_bytes()[:8192])
-    shards = Shards(pattern, cache=tmp_path / "cache")
-    assert 0 < shards.counts()[0] < 9
-    (told,) = caplog.messages
-    assert "000.tar" in told and "what is whole of it is read" in told

@@ -31,12 +31,16 @@ class Place(NamedTuple):
 
 @dataclass
 class Tally:
-    """What reading went through: samples tried, those that failed with reasons by name, and the names of those read."""
+    """What reading went through: samples tried, those that failed with reasons by name, and the names of those read.
+
+    Shards that are not whole, and why, are told with the first samples read after that was found.
+    """
 
     tried: int = 0
     failed: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    shards: dict[str, str] = field(default_factory=dict)
 
 
 class Mixture:
@@ -160,6 +164,9 @@ class Mixture:
                 ids[row] = self.tokenizer([caption])[0]
             except ValueError as error:
                 raise DataError(f"{name}: {error}") from error
+        for shards in self.sets:
+            tally.shards |= shards.problems
+            shards.problems.clear()
         return tally
 
     def _sample(self, place: Place, tally: Tally) -> tuple[np.ndarray, str, str]:
@@ -196,10 +203,15 @@ class Unreadable(dict[str, str]):
     def __init__(self, limit: float):
         super().__init__()
         self.limit, self.tried, self.failed = limit, 0, 0
+        self.shards: dict[str, str] = {}
 
     def add(self, tally: Tally) -> None:
         """Count what a reader went through; DataError where too much of it failed."""
         self.tried, self.failed = self.tried + tally.tried, self.failed + tally.failed
+        for url, problem in tally.shards.items():
+            if url not in self.shards:
+                log.warning("%s: %s; what is whole of it is read", url, problem)
+        self.shards |= tally.shards
         for name, reason in tally.unreadable.items():
             if name not in self:
                 log.warning("%s; another sample takes its place", reason)

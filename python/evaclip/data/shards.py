@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import re
 import time
@@ -23,8 +22,6 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "gif", "webp")
 CAPTIONS = ("captions.json", "txt", "caption")  # the first one counts
 OPEN = 64  # shards at once
-
-log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -55,6 +52,7 @@ class Shards:
     Attributes:
         urls: the shards.
         samples: a function from a shard's number to its list of `Sample`; DataError where it cannot be read.
+        problems: what is wrong with shards that were read as far as they are whole, by name.
 
     Raises:
         ValueError: a file does not exist, or none matches.
@@ -70,7 +68,7 @@ class Shards:
             raise ValueError(f"{len(missing)} of the {len(self.urls)} shards {source} do not exist: {some(missing)}")
         self.samples = Recent(self._grouped, OPEN)
         self._files = Recent(self._opened, OPEN)
-        self._told: set[int] = set()  # shards of whose problems the log knows
+        self.problems: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -149,9 +147,8 @@ class Shards:
     def _grouped(self, shard: int) -> list[Sample]:
         """The samples of a shard; DataError where it cannot be read."""
         index = self.index(shard)
-        if index.problems and shard not in self._told:
-            self._told.add(shard)
-            log.warning("%s: %s; what is whole of it is read", self.urls[shard], "; ".join(index.problems))
+        if index.problems:
+            self.problems[self.urls[shard]] = "; ".join(index.problems)
         return self.samples_of(index)
 
     def samples_of(self, index: tar.TarIndex) -> list[Sample]:
