@@ -6,7 +6,7 @@ Everything random is a pure function of (seed, step) or (seed, epoch, sample): n
 from evaclip.data.common import DataError
 from evaclip.data.digits import Digits
 from evaclip.data.folder import CaptionBatches, ImageCaptions, ImageFolder
-from evaclip.data.preprocess import ImageError, image_transform, open_image
+from evaclip.data.preprocess import ImageError, image_transform, normalized, open_image
 from evaclip.data.tokenizer import ClipTokenizer, WordTokenizer, clip_tokenizer, get_tokenizer
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "clip_tokenizer",
     "get_tokenizer",
     "image_transform",
+    "normalized",
     "open_image",
 ]

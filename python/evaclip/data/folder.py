@@ -154,7 +154,9 @@ class CaptionBatches:
         self._order: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """This rank's part of the batch of a step: images (b, C, H, W) float32 and b captions, by (seed, step) alone.
+        """This rank's part of a step's batch: images (b, C, H, W) uint8, for `normalized`, and b captions.
+
+        Both are functions of (seed, step) alone.
 
         Raises:
             DataError: too many images are unreadable, or too few readable ones are left to fill a batch.
@@ -187,7 +189,8 @@ class CaptionBatches:
             image = open_image(self.pairs.images[sample], self.transform.channels)
         except ImageError as error:
             return error
-        return self.transform(image, random), caption, str(self.pairs.images[sample])
+        pixels = self.transform.pixels(image, self.transform.box(image, random))
+        return torch.from_numpy(pixels), caption, str(self.pairs.images[sample])
 
     def _readable(
         self, epoch: int, sample: int, loaded: tuple[Tensor, str, str] | ImageError, spare: Iterator

@@ -84,12 +84,15 @@ class ImageTransform:
 
     def __call__(self, image: "Image", random: np.random.Generator | None = None) -> Tensor:
         """The image as (channels, H, W) float32; `random` is needed in mode "train", and unused in the others."""
-        box = None
-        if self.mode == "train":
-            if random is None:
-                raise ValueError('image_transform: mode "train" crops at random; pass a numpy Generator')
-            box = random_crop(image.width, image.height, random, self.scale)
-        return normalized(torch.from_numpy(self.pixels(image, box)))
+        return normalized(torch.from_numpy(self.pixels(image, self.box(image, random))))
+
+    def box(self, image: "Image", random: np.random.Generator | None) -> Box | None:
+        """The part of an image to take: a random one in mode "train", else all of it."""
+        if self.mode != "train":
+            return None
+        if random is None:
+            raise ValueError('image_transform: mode "train" crops at random; pass a numpy Generator')
+        return random_crop(image.width, image.height, random, self.scale)
 
     def pixels(self, image: "Image", box: Box | None = None) -> np.ndarray:
         """The image, or a box of it (all of it, distorted, in mode "train"), as (channels, H, W) uint8."""
