@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
 from evakernels.ops.contrastive import contrastive_loss
 from evakernels.ops.norm import layer_norm, rms_norm
-from evakernels.ops.swiglu import swiglu_norm_packed
+from evakernels.ops.swiglu import swiglu, swiglu_norm_packed
 from evakernels.ops.tokens import gather_tokens, sample_kept_tokens
 
 __all__ = ["Attention", "ClipLoss", "LayerNorm", "RMSNorm", "SwiGLU", "TokenDrop"]
@@ -19,44 +19,71 @@ ALIGNMENT = 8  # elements: 16 bytes in half precision, which matrix products wan
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` over the last dimension, by `evakernels.layer_norm`.
+    """`torch.nn.LayerNorm` over the last dimension, by `evakernels.layer_norm`; also as timm's `norm_layer`.
 
     Args:
         normalized_shape: C, or (C,).
-        eps: added to the variance.
-        bias: whether there is one.
+        eps: added to the variance; vision transformers' 1e-6, where PyTorch's default is 1e-5.
+        elementwise_affine: whether there are a weight and a bias; without them PyTorch's kernel computes it.
+        bias: whether there is one beside the weight.
+        device, dtype: of both.
 
     Raises:
         ValueError: `normalized_shape` names more than the last dimension.
     """
 
-    def __init__(self, normalized_shape: int | tuple[int, ...], eps: float = 1e-6, bias: bool = True) -> None:
-        super().__init__(normalized_shape, eps=eps, bias=bias)
-        if len(self.normalized_shape) != 1:
-            raise ValueError(
-                f"nn.LayerNorm: normalized_shape is {tuple(self.normalized_shape)}; only the last dimension can be"
-                " normalised: pass its size"
-            )
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...],
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        _last_dimension("LayerNorm", self.normalized_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., C) over C."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps) if self.elementwise_affine else super().forward(x)
 
 
 class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` over the last dimension, by `evakernels.rms_norm`.
 
     Args:
-        dim: C.
-        eps: added to the mean square.
+        normalized_shape: C, or (C,).
+        eps: added to the mean square; None is PyTorch's default, the input's machine epsilon.
+        elementwise_affine: whether there is a weight; without it PyTorch's kernel computes it.
+        device, dtype: of the weight.
+
+    Raises:
+        ValueError: `normalized_shape` names more than the last dimension.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__(dim, eps=eps)
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...],
+        eps: float | None = 1e-6,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        _last_dimension("RMSNorm", self.normalized_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., C) over C."""
-        return rms_norm(x, self.weight, self.eps)  # type: ignore[arg-type]  # never None here
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return rms_norm(x, self.weight, eps) if self.elementwise_affine else super().forward(x)
+
+
+def _last_dimension(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 1:
+        raise ValueError(
+            f"nn.{name}: normalized_shape is {tuple(shape)}; only the last dimension can be normalised: pass its size"
+        )
 
 
 class SwiGLU(nn.Module):
@@ -64,6 +91,7 @@ class SwiGLU(nn.Module):
 
     Keys: `w1`, `w2`, `w3` (`.weight`, `.bias`) and, with `norm`, `ffn_ln` (`.weight`, `.bias`). Parameters keep their
     published shapes; at the call they are padded with zeros to a multiple of 8, so that a width of 2730 runs aligned.
+    Layers that were hooked or exchanged (adapters, pruned or quantised ones) are called one by one instead.
 
     Args:
         in_features: C.
@@ -71,6 +99,7 @@ class SwiGLU(nn.Module):
         out_features: C where None.
         norm: whether a LayerNorm follows the product.
         eps: of that LayerNorm.
+        device, dtype: of the parameters.
 
     Source: Fang et al., EVA-02, arXiv 2303.11331, section 2.1.
     """
@@ -82,16 +111,48 @@ class SwiGLU(nn.Module):
         out_features: int | None = None,
         norm: bool = True,
         eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.w1 = nn.Linear(in_features, hidden_features)
-        self.w2 = nn.Linear(in_features, hidden_features)
-        self.ffn_ln = LayerNorm(hidden_features, eps=eps) if norm else None
-        self.w3 = nn.Linear(hidden_features, in_features if out_features is None else out_features)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.w1 = nn.Linear(in_features, hidden_features, **place)
+        self.w2 = nn.Linear(in_features, hidden_features, **place)
+        self.ffn_ln = LayerNorm(hidden_features, eps=eps, **place) if norm else None
+        self.w3 = nn.Linear(hidden_features, in_features if out_features is None else out_features, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to (..., out_features)."""
-        return swiglu_mlp(x, self.w1, self.w2, self.ffn_ln, self.w3)
+        norm = self.ffn_ln
+        if bare(self.w1, self.w2, self.w3) and (norm is None or bare(norm)):
+            return swiglu_mlp(x, self.w1, self.w2, norm, self.w3)
+        hidden = swiglu(self.w1(x), self.w2(x))
+        return self.w3(hidden if norm is None else norm(hidden))
+
+
+def bare(*modules: nn.Module) -> bool:
+    """Whether a forward may read the weights of these modules instead of calling them.
+
+    That is: each is exactly a `Linear`, `Conv2d` or `MultiheadAttention` of `torch.nn` or a `LayerNorm` from here, or
+    was replaced by `integrations`, and has no hooks and no `forward` of its own. Adapters, quantised layers,
+    parametrizations and sharding fail this.
+    """
+    for module in modules:
+        kind = type(module)
+        if kind not in _PLAIN and not hasattr(kind, "_evakernels_original"):
+            return False
+        if hooked(module):
+            return False
+    return True
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of this module does more than its class says: it has hooks, or a `forward` of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__  # offloading and some adapters go about it so
+
+
+_PLAIN = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, LayerNorm)
 
 
 def swiglu_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, norm: nn.LayerNorm | None, down: nn.Linear) -> Tensor:
@@ -111,6 +172,7 @@ class Attention(nn.Module):
 
     Keys: `qkv.weight` when fused, else `q_proj.weight`, `k_proj.weight`, `v_proj.weight`; `q_bias` and `v_bias` with
     `qkv_bias` (k has none); `inner_attn_ln` (`.weight`, `.bias`) with `inner_norm`; `proj` (`.weight`, `.bias`).
+    Projections that were hooked or exchanged are called one by one instead.
 
     Args:
         dim: C, a multiple of `num_heads`; C / num_heads from 32 to 128 in steps of 8.
@@ -121,6 +183,7 @@ class Attention(nn.Module):
         rope: the rotary embedding of q and k; one module may serve every block.
         causal: token n sees tokens 0 to n.
         eps: of the inner LayerNorm.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: `dim` is no multiple of `num_heads`.
@@ -139,18 +202,21 @@ class Attention(nn.Module):
         rope: Rope2d | None = None,
         causal: bool = False,
         eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"nn.Attention: dim is {dim} and num_heads {num_heads}; dim must be a multiple of it")
         self.num_heads, self.qkv_fused, self.causal = num_heads, qkv_fused, causal
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         if qkv_fused:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+            self.qkv = nn.Linear(dim, 3 * dim, bias=False, **place)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) if qkv_bias else None for _ in range(2))
-        self.inner_attn_ln = LayerNorm(dim, eps=eps) if inner_norm else None
-        self.proj = nn.Linear(dim, dim)
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False, **place) for _ in range(3))
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim, **place)) if qkv_bias else None for _ in range(2))
+        self.inner_attn_ln = LayerNorm(dim, eps=eps, **place) if inner_norm else None
+        self.proj = nn.Linear(dim, dim, **place)
         self.rope = rope
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -159,14 +225,17 @@ class Attention(nn.Module):
         `positions` (B, N - P) are the patch ids of the tokens after the prefix, under token dropping; without a rotary
         embedding a token's place is of no account, and neither are they.
         """
-        if self.qkv_fused:
-            weight = self.qkv.weight
-        else:
-            weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        projections = (self.qkv,) if self.qkv_fused else (self.q_proj, self.k_proj, self.v_proj)
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        if bare(*projections):
+            weight = self.qkv.weight if self.qkv_fused else torch.cat([p.weight for p in projections])
+            qkv = F.linear(x, weight, bias)
+        else:
+            qkv = torch.cat([projection(x) for projection in projections], -1)
+            qkv = qkv if bias is None else qkv + bias.to(qkv.dtype)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         positions = None if self.rope is None else positions
         y = attention_qkvpacked(qkv, rope=self.rope, positions=positions, causal=self.causal).flatten(2)
         return self.proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y))
@@ -249,10 +318,12 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of (b, D) features, or {"contrastive_loss": loss}.
 
-        `logit_bias`, the same for all logits, changes neither the loss nor a gradient; it gets none.
+        `logit_bias`, the same for all logits, changes neither the loss nor a gradient; its own is 0.
         """
         processes = equal_shares("nn.ClipLoss", self.world_size, image_features)
         loss = contrastive_loss(image_features, text_features, logit_scale, **processes)[0]
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0 * logit_bias.sum()  # DDP wants the gradient of every parameter
         return {"contrastive_loss": loss} if output_dict else loss
 
 

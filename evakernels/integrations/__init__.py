@@ -26,6 +26,7 @@ All is decided, and all that may fail done, before `carry_out`. Every module tha
 in `report.replaced` with what computes it, or in `report.left` with the reason why it could not be.
 """
 
-from evakernels.integrations.patch import Plan, Replaced, Report, bare, original
+from evakernels.integrations.patch import Plan, Replaced, Report, original
+from evakernels.nn import bare
 
 __all__ = ["Plan", "Replaced", "Report", "bare", "original"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evakernels.integrations import forwards
-from evakernels.integrations.patch import Plan, Replaced, Report, bare, original, taken
+from evakernels.integrations.patch import Plan, Replaced, Report, original, taken
 from evakernels.nn import ClipLoss as _ClipLoss
-from evakernels.nn import equal_shares, swiglu_mlp
+from evakernels.nn import bare, equal_shares, swiglu_mlp
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
 from evakernels.ops.contrastive import contrastive_loss
 from evakernels.ops.tokens import gather_tokens, patchify
@@ -272,13 +272,13 @@ def block_forward(self, x, rel_pos_bias=None, attn_mask=None, kept=None):
             (self.norm2, self.gamma_2, self.mlp),
         ):
             y = branch(x)
-            if bare(norm):
+            if bare(norm) and not forwards.altered(self.drop_path):
                 x = forwards.post_norm_step(x, y, norm, _drop(self.drop_path, y), gamma)
             else:
                 x = x + self.drop_path(_scaled(norm(y), gamma))
         return x
     branch = self.attn(self.norm1(x), **options)
-    if bare(self.norm2):
+    if bare(self.norm2) and not forwards.altered(self.drop_path):
         x, y = forwards.pre_norm_step(x, branch, self.norm2, self.gamma_1, _drop(self.drop_path, branch))
     else:
         x = x + self.drop_path(_scaled(branch, self.gamma_1))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from evakernels.integrations.patch import Plan
+from evakernels.nn import hooked
 from evakernels.ops import checks
 from evakernels.ops.attention import HEAD_DIMS
 from evakernels.ops.norm import add_norm, layer_norm, norm_add, rms_norm
@@ -123,6 +124,15 @@ def _promoted(x: Tensor, *others: Tensor | None) -> Tensor:
         if other is not None:
             dtype = torch.promote_types(dtype, other.dtype)
     return x.to(dtype)
+
+
+def altered(*modules: nn.Module) -> bool:
+    """Whether one of these layer scales or drop paths, whose numbers are read, was hooked or exchanged for another."""
+    for module in modules:
+        known = type(module) is nn.Identity or hasattr(module, "gamma") or hasattr(module, "drop_prob")
+        if not known or hooked(module):
+            return True
+    return False
 
 
 def drop_path(branch: Tensor, rate: float, rescale: bool = True) -> Tensor:

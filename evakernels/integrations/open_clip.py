@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evakernels.integrations import forwards, timm
-from evakernels.integrations.patch import Plan, Report, bare, original
-from evakernels.nn import equal_shares
+from evakernels.integrations.patch import Plan, Report, original
+from evakernels.nn import bare, equal_shares
 from evakernels.ops.attention import attention_qkvpacked
 from evakernels.ops.contrastive import contrastive_loss, sigmoid_loss
 from evakernels.ops.lamb import FusedLAMB
@@ -198,7 +198,7 @@ def attention_within(self, q_x, k_x=None, v_x=None, attn_mask=None):
 
 
 def block_forward(self, q_x, k_x=None, v_x=None, attn_mask=None):
-    if k_x is not None or v_x is not None or not bare(self.ln_2):
+    if k_x is not None or v_x is not None or not bare(self.ln_2) or forwards.altered(self.ls_1):
         return original(self).forward(self, q_x, k_x, v_x, attn_mask)
     branch = self.attention(self.ln_1(q_x), attn_mask=attn_mask)
     x, y = forwards.pre_norm_step(q_x, branch, self.ln_2, getattr(self.ls_1, "gamma", None), None)

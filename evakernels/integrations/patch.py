@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Plan", "Replaced", "Report", "bare", "original"]
+__all__ = ["Plan", "Replaced", "Report", "original"]
 
 Methods = tuple[tuple[str, Callable], ...]
 _ABSENT = object()
-_PLAIN = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
 
 class Replaced:
@@ -31,23 +30,6 @@ class Replaced:
 def original(module: nn.Module) -> Any:
     """The class that a replaced module had before; `original(self).forward(self, x)` computes as it did."""
     return module._evakernels_original
-
-
-def bare(*modules: nn.Module) -> bool:
-    """Whether a forward may read the weights of these modules instead of calling them.
-
-    That is: each is exactly a `torch.nn.Linear`, `Conv2d` or `MultiheadAttention`, or replaced, and has no hooks and no
-    `forward` of its own. Adapters, quantised layers, parametrizations and sharding fail this, whether they came before
-    `replace` or after it.
-    """
-    for module in modules:
-        if type(module) not in _PLAIN and not isinstance(module, Replaced):
-            return False
-        if taken(module, "forward"):  # offloading and some adapters go about it so
-            return False
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return False
-    return True
 
 
 def taken(module: nn.Module, *methods: str) -> str | None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evakernels.integrations import forwards
-from evakernels.integrations.patch import Plan, Report, bare, original, taken
-from evakernels.nn import swiglu_mlp
+from evakernels.integrations.patch import Plan, Report, original, taken
+from evakernels.nn import bare, swiglu_mlp
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
 from evakernels.ops.swiglu import swiglu, swiglu_norm
 from evakernels.ops.tokens import gather_tokens
@@ -256,7 +256,7 @@ def plain_attention_forward(self, x, attn_mask=None, is_causal=False):
 
 
 def block_forward(self, x, *args, **kwargs):
-    if not bare(self.norm2):
+    if not bare(self.norm2) or forwards.altered(self.drop_path1):
         return original(self).forward(self, x, *args, **kwargs)
     branch = self.attn(self.norm1(x), *args, **kwargs)
     x, y = forwards.pre_norm_step(x, branch, self.norm2, self.gamma_1, _drop(self.drop_path1, branch))
@@ -265,7 +265,7 @@ def block_forward(self, x, *args, **kwargs):
 
 
 def vit_block_forward(self, x, *args, **kwargs):
-    if not bare(self.norm2):
+    if not bare(self.norm2) or forwards.altered(self.ls1, self.drop_path1):
         return original(self).forward(self, x, *args, **kwargs)
     branch = self.attn(self.norm1(x), *args, **kwargs)
     scale = getattr(self.ls1, "gamma", None)
@@ -274,7 +274,7 @@ def vit_block_forward(self, x, *args, **kwargs):
 
 
 def post_norm_block_forward(self, x, *args, **kwargs):
-    if not bare(self.norm1, self.norm2):
+    if not bare(self.norm1, self.norm2) or forwards.altered(self.drop_path1, self.drop_path2):
         return original(self).forward(self, x, *args, **kwargs)
     branch = self.attn(x, *args, **kwargs)
     x = forwards.post_norm_step(x, branch, self.norm1, _drop(self.drop_path1, branch))

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from evakernels.integrations import forwards
-from evakernels.integrations.patch import Plan, Report, bare, original
+from evakernels.integrations.patch import Plan, Report, original
+from evakernels.nn import bare
 from evakernels.ops.attention import attention
 
 __all__ = ["replace"]

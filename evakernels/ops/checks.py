@@ -3,15 +3,36 @@
 import torch
 from torch import Tensor
 
+_transforms_active = torch._C._are_functorch_transforms_active
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must see this call; without it the `autograd.Function` is skipped."""
+    """Whether autograd must see this call; without it the `autograd.Function` is skipped.
+
+    Raises:
+        NotImplementedError: `torch.func.grad`, `jvp` and their like ask for a derivative, which none of ours would give
+            them: an op below autograd is a constant to them.
+    """
+    if _transforms_active() and any(map(_derived, tensors)):
+        raise NotImplementedError(
+            "evakernels: torch.func's grad, vjp, jvp, jacrev, jacfwd and hessian are not covered; use torch.autograd,"
+            " or undo() the replacement of a model"
+        )
     if torch.is_grad_enabled():
         for tensor in tensors:  # a third of the time of any()
             if tensor is not None and tensor.requires_grad:
                 return True
+    return False
+
+
+def _derived(tensor: Tensor | None) -> bool:
+    """Whether a transform of torch.func differentiates with respect to it, or to what it was computed of."""
+    functorch = torch._C._functorch
+    while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
     return False
 
 

@@ -242,6 +242,18 @@ def test_a_hook_on_what_is_passed_over_is_called():
         torch.testing.assert_close(x, y)
 
 
+def test_a_hook_on_a_layer_scale_is_called():
+    torch.manual_seed(0)
+    untouched = twins.scrambled(theirs.VisionTransformer(32, 8, 64, 2, 2, 4.0, ls_init_value=0.1, output_dim=32)).eval()
+    replaced, _ = twin(untouched)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(replaced(x), untouched(x))
+    for model in (untouched, replaced):
+        for scale in (model.transformer.resblocks[0].ls_1, model.transformer.resblocks[1].ls_2):
+            scale.register_forward_hook(lambda *a: 2 * a[-1])
+    torch.testing.assert_close(replaced(x), untouched(x))
+
+
 def patch(module, function):
     module.forward = functools.partial(function, module)
 

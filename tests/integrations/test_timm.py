@@ -228,6 +228,21 @@ def test_the_emptied_table_still_serves_whoever_passes_it_on():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("part", ["ls1", "ls2", "drop_path1", "drop_path2"])
+def test_layer_scales_and_drop_paths_that_are_hooked_or_exchanged_are_called(part):
+    torch.manual_seed(0)
+    untouched = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, init_values=0.1, drop_path_rate=0.1)
+    untouched = twins.scrambled(untouched).eval()
+    replaced, _ = twin(untouched)
+    x = twins.images(32)
+    for model in (untouched, replaced):
+        model.blocks[0].get_submodule(part).register_forward_hook(lambda *a: 2 * a[-1])
+        doubling = nn.Linear(192, 192, bias=False)
+        doubling.weight = nn.Parameter(2 * torch.eye(192))
+        setattr(model.blocks[1], part, doubling)
+    torch.testing.assert_close(replaced(x), untouched(x))
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [

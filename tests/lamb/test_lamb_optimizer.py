@@ -7,11 +7,13 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from timm.optim import Lamb
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from train.ranked import equal
 
 from evakernels import FusedLAMB
 
@@ -112,6 +114,46 @@ def test_state_survives_distributed_checkpoint(tmp_path, dtype, flat):
     for m, o in ((model, optimizer), (other, resumed)):
         step(m, o, 9)
     assert_same_state(optimizer, resumed)
+
+
+def test_a_state_of_another_shape_is_refused_and_nothing_loaded():
+    """As of a model of another image size, or of parameters in another order: kernels go by the parameter's shape."""
+    a, b = (torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (5,)))
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer = FusedLAMB([a, b])
+    optimizer.step()
+    other = FusedLAMB([b, a])
+    other.step()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(3, 4\) .* the parameter \(5,\)"):
+        other.load_state_dict(optimizer.state_dict())
+    assert equal(other.state_dict(), before)
+    a.data = torch.ones(9, 9)
+    a.grad = torch.ones(9, 9)
+    with pytest.raises(RuntimeError, match=r"shape \(9, 9\), its moments \(3, 4\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("number", [int, float, torch.tensor])
+def test_the_state_of_a_lamb_that_counts_steps_by_group_goes_on(number):
+    """timm's, NVIDIA's and EVA-CLIP's own keep the number of steps beside the options."""
+    model, theirs = net(), net()
+    peer = Lamb(groups_of(theirs), lr=0.01, max_grad_norm=1.0, betas=(0.9, 0.98))
+    for seed in range(3):
+        step(theirs, peer, seed)
+    model.load_state_dict(theirs.state_dict())
+    optimizer, state = FusedLAMB(groups_of(model), max_grad_norm=1.0), peer.state_dict()
+    for group in state["param_groups"]:
+        group["step"] = number(group["step"])
+    optimizer.load_state_dict(state)
+    for m, o in ((theirs, peer), (model, optimizer)):
+        step(m, o, 9)
+    for p, q in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    for group in state["param_groups"]:
+        del group["step"]
+    with pytest.raises(ValueError, match="moments of parameter 0, but not how many steps"):
+        optimizer.load_state_dict(state)
 
 
 def test_loaded_state_moves_to_the_device_of_its_parameter():

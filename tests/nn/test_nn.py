@@ -4,6 +4,7 @@ import copy
 from functools import partial
 
 import pytest
+import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,96 @@ def test_clip_loss_is_open_clips(bias):
     ours = ek.nn.ClipLoss(True, True, cache_labels=True, rank=0, world_size=1, use_horovod=False)
     assert list(ours(*features, output_dict=True)) == ["contrastive_loss"]
     assert torch.equal(ours(*features, output_dict=True)["contrastive_loss"], losses[0])
+
+
+def test_clip_loss_gives_a_bias_the_gradient_0():
+    """DDP waits for the gradient of every parameter."""
+    bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
+    ek.nn.ClipLoss()(normal(7, 5), normal(7, 5, seed=1), 3.0, bias).backward()
+    assert bias.grad == 0
+
+
+def test_norms_are_what_timm_and_pytorch_make_of_a_class():
+    for norm in (ek.nn.LayerNorm, ek.nn.RMSNorm):
+        made = norm((8,), elementwise_affine=True, device="cpu", dtype=torch.bfloat16)
+        assert made.weight.dtype == torch.bfloat16
+        plain = norm(8, elementwise_affine=False)
+        x = torch.randn(3, 8)
+        assert torch.equal(plain(x), norm.__base__(8, eps=1e-6, elementwise_affine=False)(x))
+        with pytest.raises(ValueError, match=r"normalized_shape is \(4, 8\)"):
+            norm((4, 8))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(ek.nn.RMSNorm(8, eps=None)(x), torch.nn.RMSNorm(8)(x))
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer=ek.nn.LayerNorm)
+    assert type(model.blocks[0].norm1) is ek.nn.LayerNorm
+
+
+class Adapted(torch.nn.Module):
+    """A layer in the place of a linear one that has its weight and does more, as adapters have."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.extra = layer, torch.nn.Linear(layer.in_features, layer.out_features).double()
+        self.weight, self.bias, self.out_features = layer.weight, layer.bias, layer.out_features
+
+    def forward(self, x):
+        return self.layer(x) + self.extra(x)
+
+
+def double(module, inputs, output):
+    return 2 * output
+
+
+@pytest.mark.parametrize("part", ["w1", "w2", "w3", "ffn_ln"])
+def test_swiglu_calls_what_was_hooked_or_exchanged(part):
+    ours, x = scrambled(ek.nn.SwiGLU(12, 11)), normal(3, 12)
+
+    def by_hand():
+        return ours.w3(ours.ffn_ln(F.silu(ours.w1(x)) * ours.w2(x)))
+
+    torch.testing.assert_close(ours(x), by_hand(), **ROUNDING)
+    handle = getattr(ours, part).register_forward_hook(double)
+    torch.testing.assert_close(ours(x), by_hand(), **ROUNDING)
+    handle.remove()
+    if part != "ffn_ln":
+        setattr(ours, part, Adapted(getattr(ours, part)))
+        torch.testing.assert_close(ours(x), by_hand(), **ROUNDING)
+
+
+@pytest.mark.parametrize(("fused", "part"), [(True, "qkv"), (False, "q_proj"), (False, "v_proj")])
+def test_attention_calls_what_was_hooked_or_exchanged(fused, part):
+    ours, x = scrambled(ek.nn.Attention(64, 2, qkv_fused=fused, qkv_bias=True, inner_norm=False)), normal(2, 5, 64)
+    twin = copy.deepcopy(ours)
+    with torch.no_grad():
+        getattr(twin, part).weight.mul_(2)
+    getattr(ours, part).register_forward_hook(double)
+    torch.testing.assert_close(ours(x), twin(x), **ROUNDING)
+    setattr(twin, part, Adapted(getattr(twin, part)))
+    with torch.no_grad():
+        getattr(twin, part).extra.weight.zero_()
+        getattr(twin, part).extra.bias.zero_()
+    torch.testing.assert_close(ours(x), twin(x), **ROUNDING)
+    with torch.no_grad():
+        getattr(twin, part).extra.weight.fill_(1)
+    assert not torch.allclose(ours(x), twin(x))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_derivatives_by_torch_func_are_refused_not_zero(recorded):
+    x, w, func = torch.randn(3, 8), torch.ones(8), torch.func
+    calls = (
+        lambda f: func.jvp(f, (x,), (x,)),
+        lambda f: func.jvp(func.vmap(f), (x,), (x,)),
+        lambda f: func.jacfwd(f)(x),
+        lambda f: func.vjp(f, x),
+        lambda f: func.vmap(func.grad(lambda row: f(row).sum()))(x),
+    )
+    with torch.set_grad_enabled(recorded):
+        for call in calls:
+            for f in (lambda x: ek.layer_norm(x, w), lambda x: ek.swiglu(x, x)):
+                with pytest.raises(NotImplementedError, match=r"torch\.func's grad"):
+                    call(f)
+        torch.testing.assert_close(func.vmap(lambda row: ek.layer_norm(row, w))(x), ek.layer_norm(x, w))
 
 
 class Block(torch.nn.Module):

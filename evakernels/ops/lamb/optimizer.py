@@ -16,6 +16,7 @@ CORRECTIONS = ("update", "step_size", None)
 # What a group may set for itself, and what holds for all groups alike.
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "trust_ratio_bounds", "adapt_excluded")
 GLOBAL = ("max_grad_norm", "bias_correction", "trust", "capturable")
+MOMENTS = ("exp_avg", "exp_avg_sq", "master")  # of a parameter, in its shape
 
 
 class FusedLAMB(Optimizer):
@@ -51,8 +52,8 @@ class FusedLAMB(Optimizer):
     are left as they are. `GradScaler` is served without waiting for the device. `optimizer.trust_ratios` are the
     smallest and the largest trust ratio of the last step, a tensor of two on the device; 0 where it was skipped or
     had none. A parameter's state is `step`, `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16;
-    loading keeps their dtypes and copies them. Who changes such a parameter between steps (clamps it) must change
-    `optimizer.state[p]["master"]`, from which it is rounded.
+    loading keeps their dtypes and copies them. Who changes such a parameter between steps (clamps it, loads weights)
+    must change `optimizer.state[p]["master"]`, from which it is rounded, or delete it: it is then made anew.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit.
@@ -168,13 +169,17 @@ class FusedLAMB(Optimizer):
         """Take over a state: tensors are copied to their parameter's device, and keep float32 (see the class).
 
         Options come from the state dict, those of the constructor that hold for all groups stay. A master saved
-        for a parameter that is float32 here is dropped.
+        for a parameter that is float32 here is dropped. The states of Adam, and of LAMBs that count a group's steps
+        (timm's, NVIDIA's, EVA-CLIP's), fit too.
+
+        Raises:
+            ValueError: a state has another shape than its parameter, or no number of steps; nothing is loaded then.
         """
         last: dict[str, Any] = {}
         # PyTorch casts floating state to the parameter's dtype. The tensors are taken again from what the caller's
         # hooks have made of the state dict, before his other hooks see the result.
         handles = (
-            self.register_load_state_dict_pre_hook(lambda _, loaded: last.update(loaded)),
+            self.register_load_state_dict_pre_hook(lambda _, loaded: last.update(self._checked(loaded))),
             self.register_load_state_dict_post_hook(lambda _: self._take_over(last), prepend=True),
         )
         try:
@@ -183,11 +188,35 @@ class FusedLAMB(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _take_over(self, loaded: dict[str, Any]) -> None:
-        numbers = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+    def _checked(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """A state dict whose states fit the parameters, with the steps of each; groups are compared by PyTorch."""
         params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, param in zip(numbers, params, strict=True):
-            for key, value in loaded["state"].get(number, {}).items():
+        numbers = ((number, group) for group in loaded["param_groups"] for number in group["params"])
+        for place, ((number, group), param) in enumerate(zip(numbers, params, strict=False)):
+            state = loaded["state"].get(number, {})
+            for key in MOMENTS:
+                if key in state and state[key].shape != param.shape:
+                    raise ValueError(
+                        f"FusedLAMB: {key} of parameter {place} has shape {tuple(state[key].shape)} in the state dict, "
+                        f"the parameter {tuple(param.shape)}; load the state of the same model, its parameters in the "
+                        "same order, or begin without one"
+                    )
+            if "exp_avg" in state and "step" not in state and "step" not in group:
+                raise ValueError(
+                    f"FusedLAMB: the state dict has moments of parameter {place}, but not how many steps they are of; "
+                    'give its state a "step"'
+                )
+        return loaded
+
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        numbers = ((number, group) for group in loaded["param_groups"] for number in group["params"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for (number, group), param in zip(numbers, params, strict=True):
+            state = dict(loaded["state"].get(number, {}))
+            if "exp_avg" in state:
+                steps = state.get("step", group.get("step"))
+                state["step"] = steps if isinstance(steps, Tensor) else torch.tensor(float(steps))
+            for key, value in state.items():
                 wide = checks.accumulator(param.dtype)
                 if key == "master" and param.dtype == wide:
                     del self.state[param][key]
@@ -228,6 +257,11 @@ class FusedLAMB(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for key in ("exp_avg", "exp_avg_sq"):  # of a DTensor: placed like it
                 state[key] = torch.zeros_like(param, dtype=wide, memory_format=torch.contiguous_format)
+        elif state["exp_avg"].shape != param.shape:  # kernels go by the parameter's
+            raise RuntimeError(
+                f"FusedLAMB: a parameter has shape {tuple(param.shape)}, its moments {tuple(state['exp_avg'].shape)}; "
+                "build a new optimizer for a parameter that was exchanged"
+            )
         if "master" not in state and param.dtype in (torch.bfloat16, torch.float16):
             state["master"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
         return state
