@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
-from evakernels.ops.contrastive import contrastive_loss
+from evakernels.ops.contrastive import contrastive_loss, sigmoid_loss
 from evakernels.ops.norm import layer_norm, rms_norm
 from evakernels.ops.swiglu import swiglu, swiglu_norm_packed
 from evakernels.ops.tokens import gather_tokens, sample_kept_tokens
 
-__all__ = ["Attention", "ClipLoss", "LayerNorm", "RMSNorm", "SwiGLU", "TokenDrop"]
+__all__ = ["Attention", "ClipLoss", "LayerNorm", "RMSNorm", "SigLipLoss", "SwiGLU", "TokenDrop"]
 
 ALIGNMENT = 8  # elements: 16 bytes in half precision, which matrix products want their rows to be multiples of
 
@@ -324,6 +324,40 @@ class ClipLoss(nn.Module):
         loss = contrastive_loss(image_features, text_features, logit_scale, **processes)[0]
         if isinstance(logit_bias, Tensor):
             loss = loss + 0 * logit_bias.sum()  # DDP wants the gradient of every parameter
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's `SigLipLoss`, by `evakernels.sigmoid_loss`.
+
+    Args:
+        cache_labels, dist_impl: accepted as open_clip's, without effect.
+        rank, world_size: as of `ClipLoss`.
+
+    Raises:
+        ValueError: the default group is not initialised or of another size.
+
+    Source: Zhai et al., arXiv 2303.15343; github.com/mlfoundations/open_clip, `open_clip.loss.SigLipLoss`.
+    """
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+    ) -> None:
+        super().__init__()
+        self.cache_labels, self.rank, self.world_size, self.dist_impl = cache_labels, rank, world_size, dist_impl
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of (b, D) features, the same on all processes, or {"contrastive_loss": loss}."""
+        processes = equal_shares("nn.SigLipLoss", self.world_size, image_features)
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = sigmoid_loss(image_features, text_features, logit_scale, bias, **processes)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -8,7 +8,7 @@ import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from timm.models.eva import EvaAttention
 
 import evakernels as ek
@@ -155,6 +155,20 @@ def test_clip_loss_is_open_clips(bias):
     assert torch.equal(ours(*features, output_dict=True)["contrastive_loss"], losses[0])
 
 
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_siglip_loss_is_open_clips(bias):
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    biases = [] if bias is None else [torch.tensor(bias, dtype=torch.float64, requires_grad=True)]
+    leaves = normal(7, 5), normal(7, 5, seed=1), scale, *biases
+    arguments = *(F.normalize(x, dim=-1) for x in leaves[:2]), scale, *(biases or [None])
+    ours = ek.nn.SigLipLoss(True, rank=0, world_size=1, dist_impl="gather")
+    losses = [loss(*arguments) for loss in (ours, SigLipLoss())]
+    torch.testing.assert_close(*losses, **ROUNDING)
+    gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses]
+    torch.testing.assert_close(*gradients, **ROUNDING)
+    assert torch.equal(ours(*arguments, output_dict=True)["contrastive_loss"], losses[0])
+
+
 def test_clip_loss_gives_a_bias_the_gradient_0():
     """DDP waits for the gradient of every parameter."""
     bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
@@ -292,6 +306,11 @@ def test_autocast_runs_the_products_in_half_precision_and_keeps_float32_paramete
             "dim is 65 and num_heads 2",
         ),
         (lambda: ek.nn.TokenDrop(1.0), ValueError, "rate is 1.0; allowed is 0 <= rate < 1"),
+        (
+            lambda: ek.nn.SigLipLoss(world_size=2)(normal(3, 4), normal(3, 4), 1.0),
+            ValueError,
+            "nn.SigLipLoss: world_size is 2, but of",
+        ),
         (lambda: ek.nn.ClipLoss(use_horovod=True), ValueError, "use_horovod is True; it must be False"),
         (
             lambda: ek.nn.ClipLoss(world_size=2)(normal(3, 4), normal(3, 4), 1.0),

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -309,8 +310,8 @@ def _slices(trust: str | tuple[str, int]) -> int:
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -321,7 +322,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"FusedLAMB: lr is a tensor of shape {tuple(lr.shape)}; give a number or one element")
-    elif not (_is_number(lr) and lr >= 0):
+    elif not (_is_number(lr, Real) and lr >= 0):
         raise ValueError(f"FusedLAMB: lr is {lr!r}; give a number that is not negative, or a tensor of one element")
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
         raise ValueError(f"FusedLAMB: betas is {betas!r}; give two numbers, at least 0 and below 1")

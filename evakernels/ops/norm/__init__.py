@@ -123,6 +123,8 @@ def _norm(function: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
 
 
 def _check_weights(function: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight is None:
+        raise TypeError(f"{function}: weight is None; pass torch.ones({x.shape[-1]}), in the dtype of its gradient")
     checks.floating(function, x=x, weight=weight, bias=bias)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"{function}: the input has shape {tuple(x.shape)}; rows of at least 1 element are needed")
