@@ -32,12 +32,24 @@ struct [[nodiscard]] Status {
 
 #if defined(__CUDACC__)
 
+// Lets a kernel have `shared` bytes of dynamic shared memory, of which it has 48 KiB unasked. What it was let have once
+// it keeps: a captured launch may still want it, and the occupancy of the same launch is always the same.
+inline cudaError_t allow(const void* function, std::size_t shared) {
+  if (shared <= 48 * 1024) return cudaSuccess;
+  cudaFuncAttributes now{};
+  if (const cudaError_t error = cudaFuncGetAttributes(&now, function); error != cudaSuccess) return error;
+  if (now.maxDynamicSharedSizeBytes >= static_cast<int>(shared)) return cudaSuccess;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+}
+
 // How many blocks of a kernel a multiprocessor has at once.
 template <class... P>
 int resident_blocks(void (*kernel)(P...), int threads, std::size_t shared) {
   int blocks = 0;
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared) != cudaSuccess)
+  // 0 blocks have more shared memory than the kernel may.
+  if (allow(function, shared) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared) != cudaSuccess)
     cudaGetLastError();  // launch() says what is wrong
   return blocks > 0 ? blocks : 1;
 }
@@ -47,9 +59,7 @@ template <class... P, class... A>
 Status launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared, Stream stream, A&&... args) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (shared > 48 * 1024)
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaError_t error = allow(function, shared);
   if (error == cudaSuccess) {
     // Not <<<>>> and cudaGetLastError(), which would report what an earlier call of someone else left behind.
     std::tuple<P...> values{static_cast<P>(args)...};

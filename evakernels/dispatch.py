@@ -48,6 +48,12 @@ RULES = (
         *("attention", "cuda", ((9, 0), (10, 9)), _long, "more than 577 tokens"),
     ),
     Rule(
+        ("reference",),
+        "kernels are compiled for compute capability 8.0 and newer",
+        device="cuda",
+        capabilities=((0, 0), (7, 9)),
+    ),
+    Rule(
         ("cuda", "triton", "reference"),
         "by formula: as few bytes as Triton moves or fewer, and nothing is compiled at the first call",
         device="cuda",

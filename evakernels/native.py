@@ -53,6 +53,8 @@ def status() -> str:
     found = library()
     if isinstance(found, str):
         return found
+    if torch.cuda.is_available() and (why := _driver_refusal(found)):
+        return why
     info = found.build_info()
     return f"built with CUDA {info['cuda']} for {info['architectures']}; families: {', '.join(info['families'])}"
 
@@ -89,7 +91,20 @@ def refusal(family: str, device: str) -> str | None:
     if isinstance(found, str):
         return found
     built = _families(found)
-    return None if family in built else f"the compiled library has no {family}; it was built with {', '.join(built)}"
+    if family not in built:
+        return f"the compiled library has no {family}; it was built with {', '.join(built)}"
+    return _driver_refusal(found) if device == "cuda" else None
+
+
+@functools.cache
+def _driver_refusal(found: ModuleType) -> str | None:
+    """Why the machine's driver cannot run the compiled library, whose CUDA is linked into it; None when it can."""
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # of torch builds with CUDA
+    cuda = found.build_info()["cuda"]
+    if driver // 1000 >= int(cuda.split(".")[0]):
+        return None
+    has = f"{driver // 1000}.{driver % 1000 // 10}"
+    return f"the compiled library has CUDA {cuda}, the driver that of {has}; update it, or reinstall with nvcc {has}"
 
 
 @functools.cache

@@ -274,6 +274,21 @@ def test_refuses_in_a_sentence(triton_kernels, dtype, scale, sentence):
         OPS.apply_rope(x.float(), table, table, None, 0, True, False)
 
 
+@pytest.mark.parametrize("head_dim", [4, 36, 256])
+def test_rows_that_do_not_begin_at_16_bytes_are_not_turned(triton_kernels, head_dim):
+    x = torch.zeros(1, 5, 2, head_dim, device=triton_kernels)
+    with pytest.raises(NotImplementedError, match=f"turn head dimensions of up to 240 in steps of 8, not {head_dim}"):
+        ek.apply_rope(x, ek.Rope2d(2, head_dim).to(triton_kernels))
+
+
+@pytest.mark.parametrize("head_dim", [8, 136, 240])
+def test_rows_of_other_lengths_are_turned_alone(triton_kernels, head_dim):
+    x, rope = torch.randn(2, 5, 3, head_dim, device=triton_kernels), ek.Rope2d(2, head_dim).to(triton_kernels)
+    found = ek.apply_rope(x, rope)
+    with ek.using("reference"):
+        torch.testing.assert_close(found, ek.apply_rope(x, rope))
+
+
 def launches(gpu, tokens, head_dim, monkeypatch, dtype=torch.bfloat16, rotate=True, **options):
     """The kernels that forward and backward would launch on a GPU."""
     pretend(monkeypatch, gpu)

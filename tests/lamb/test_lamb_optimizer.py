@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from timm.optim import Lamb
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -134,7 +135,7 @@ def test_a_state_of_another_shape_is_refused_and_nothing_loaded():
         optimizer.step()
 
 
-@pytest.mark.parametrize("number", [int, float, torch.tensor])
+@pytest.mark.parametrize("number", [int, float, torch.as_tensor])
 def test_the_state_of_a_lamb_that_counts_steps_by_group_goes_on(number):
     """timm's, NVIDIA's and EVA-CLIP's own keep the number of steps beside the options."""
     model, theirs = net(), net()
@@ -305,6 +306,20 @@ def test_learning_rate_may_be_a_tensor():
                 group["lr"] = 0.5
         step(m, optimizer, 2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_first_step_is_not_captured(monkeypatch):
+    """Its zeros would be filled in at every replay."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = FusedLAMB([parameter], capturable=True)
+    with FakeTensorMode():
+        rate = torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        optimizer._check_capture(torch.device("cuda", 0), [parameter], [rate])
+    optimizer.step()
+    optimizer._check_capture(torch.device("cuda", 0), [parameter], [rate])
 
 
 def test_closure_is_called_with_gradients_on_and_its_loss_returned():

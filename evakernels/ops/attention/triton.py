@@ -20,6 +20,8 @@ def refuses(op: str, *args) -> str | None:
         return reason
     if not 0 < abs(scale) < math.inf:
         return f"its kernels take a finite scale other than 0, not {scale}; of equal weights `v.mean(1)` is the result"
+    if rotated_alone and ((head_dim := args[0].shape[-1]) % 8 or head_dim > 240):
+        return f"its kernels turn head dimensions of up to 240 in steps of 8, not {head_dim}"
     if rows is not None and rows.shape[0] * columns.shape[0] > MOST_PATCHES:
         return f"its kernels take grids of up to {MOST_PATCHES} patches, not {rows.shape[0]} x {columns.shape[0]}"
     return None

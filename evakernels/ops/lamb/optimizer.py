@@ -47,7 +47,8 @@ class FusedLAMB(Optimizer):
         trust: one ratio per "parameter", per "group", or per slice: ("shard", R) flattens a group's parameters in
             order, pads them with zeros to a multiple of R elements and cuts them into R slices; R need not be the
             number of today's ranks.
-        capturable: `step()` may be captured in a CUDA graph; every lr must then be a tensor on the device.
+        capturable: `step()` may be captured in a CUDA graph, after a first one that is not; every lr must then be a
+            tensor on the device.
 
     Parameters without a gradient are skipped (slices are cut as if they were not there), on all ranks alike; gradients
     are left as they are. `GradScaler` is served without waiting for the device. `optimizer.trust_ratios` are the
@@ -128,7 +129,7 @@ class FusedLAMB(Optimizer):
             return loss
         params = [p for _, of_group in groups for p in of_group]
         device = params[0].device
-        self._check_capture(device, [group["lr"] for group, _ in groups])
+        self._check_capture(device, params, [group["lr"] for group, _ in groups])
         states = [self._state_of(p, device) for p in params]
         grads: list[Any] = [p.grad for p in params]
         lamb_step: Callable = torch.ops.evakernels.lamb_step.default
@@ -267,7 +268,7 @@ class FusedLAMB(Optimizer):
             state["master"] = param.detach().to(torch.float32, memory_format=torch.contiguous_format)
         return state
 
-    def _check_capture(self, device: torch.device, lrs: list[float | Tensor]) -> None:
+    def _check_capture(self, device: torch.device, params: list[Tensor], lrs: list[float | Tensor]) -> None:
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return
         if not self.capturable:
@@ -276,6 +277,11 @@ class FusedLAMB(Optimizer):
             raise RuntimeError(
                 f"FusedLAMB: a captured step() would repeat today's learning rate for ever; make every group's lr "
                 f"a tensor on {device} and let the schedule fill it"
+            )
+        if not all("exp_avg" in self.state[p] for p in params):
+            raise RuntimeError(
+                "FusedLAMB: a captured first step() would begin anew at every replay, with moments of 0; take a step "
+                "before the capture"
             )
 
 

@@ -69,7 +69,7 @@ def add_norm_backward(dsum, dy, total, branch, weight, mean, rstd, layer_scale, 
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
     dscale = torch.empty_like(layer_scale) if layer_scale is not None else rstd.new_empty(0)
     _backward(
-        *(ADD_NORM, total.dtype, dy.dtype, _ready(dy), _ready(dsum), total, _ready(branch, dy.dtype)),
+        *(ADD_NORM, total.dtype, dy.dtype, _ready(dy), _ready(dsum), _ready(total), _ready(branch, dy.dtype)),
         *(weight, None, layer_scale, row_scale, mean, rstd, dresidual, dbranch, dweight, dbias, dscale),
     )
     return dresidual, dbranch.to(branch_dtype), dweight, dbias, dscale
@@ -152,7 +152,7 @@ def _backward(
     native.call(
         *("norm_backward", x, kind, native.DTYPES[wide], native.DTYPES[narrow], dy, dsum, x, branch),
         *(weight, bias, layer_scale, _row_scale(row_scale), *_codes(weight, bias, layer_scale)),
-        *(mean, rstd, dx, dbranch, dweight, dbias, dscale),
+        *(mean.contiguous(), rstd.contiguous(), dx, dbranch, dweight, dbias, dscale),
         *(rstd.new_empty(blocks, 3, width), *sizes, not mean.numel(), multiprocessors),
     )
 
