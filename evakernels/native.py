@@ -3,6 +3,7 @@
 A library declares the device it computes on: "cuda", or "cpu" when it was compiled to be emulated there, for tests.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -99,9 +100,8 @@ def refusal(family: str, device: str) -> str | None:
 @functools.cache
 def _driver_refusal(found: ModuleType) -> str | None:
     """Why the machine's driver cannot run the compiled library, whose CUDA is linked into it; None when it can."""
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # of torch builds with CUDA
-    cuda = found.build_info()["cuda"]
-    if driver // 1000 >= int(cuda.split(".")[0]):
+    driver, cuda = _driver_version(), found.build_info()["cuda"]
+    if driver is None or driver // 1000 >= int(cuda.split(".")[0]):
         return None
     has = f"{driver // 1000}.{driver % 1000 // 10}"
     return f"the compiled library has CUDA {cuda}, the driver that of {has}; update it, or reinstall with nvcc {has}"
@@ -110,6 +110,16 @@ def _driver_refusal(found: ModuleType) -> str | None:
 @functools.cache
 def _families(found: ModuleType) -> tuple[str, ...]:
     return tuple(found.build_info()["families"])
+
+
+def _driver_version() -> int | None:
+    """The CUDA version of the machine's driver, 13020 for 13.2; None where it does not say."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value
 
 
 def row_refusal(width: int, sums: int, on: Tensor) -> str | None:

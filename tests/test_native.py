@@ -62,12 +62,14 @@ def test_no_kernel_spills_and_the_table_of_resources_is_up_to_date(library, emul
     assert committed == now, "run `python -m benchmarks.resources`"
 
 
-@pytest.mark.parametrize(("driver", "runs"), [(12080, False), (13000, True), (13010, True), (14000, True)])
+@pytest.mark.parametrize(
+    ("driver", "runs"), [(12080, False), (13000, True), (13010, True), (14000, True), (None, True)]
+)
 def test_a_library_of_newer_cuda_than_the_drivers_is_refused(driver, runs, monkeypatch):
     stand_in = ModuleType("_native")
     stand_in.build_info = lambda: {"cuda": "13.1", "architectures": "", "device": "cuda", "families": ["norm"]}
     monkeypatch.setitem(native.loaded, "cuda", stand_in)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(native, "_driver_version", lambda: driver)
     told = native.refusal("norm", "cuda")
     assert told is None if runs else "has CUDA 13.1, the driver that of 12.8; update it" in told
 
