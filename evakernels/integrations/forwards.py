@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from evakernels.integrations.patch import Plan
-from evakernels.nn import hooked
+from evakernels.nn import LayerNorm, hooked
 from evakernels.ops import checks
 from evakernels.ops.attention import HEAD_DIMS
 from evakernels.ops.norm import add_norm, layer_norm, norm_add, rms_norm
@@ -25,7 +25,7 @@ def head_dim_reason(head_dim: int) -> str | None:
 
 def norm_reason(norm: nn.Module, *known: type) -> str | None:
     """Why a norm cannot be replaced, `known` being the classes that may be; None where it can."""
-    if type(norm) not in (nn.LayerNorm, *known):
+    if type(norm) not in (nn.LayerNorm, LayerNorm, *known):
         return f"it is a {type(norm).__name__}; only LayerNorm is covered"
     if norm.weight is None:
         return "it has no weight"

@@ -228,6 +228,14 @@ def test_the_emptied_table_still_serves_whoever_passes_it_on():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_model_made_with_our_norms_is_covered():
+    torch.manual_seed(0)
+    untouched = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, norm_layer=ek.nn.LayerNorm)
+    replaced, report = twin(twins.scrambled(untouched))
+    assert report.replaced["blocks.0"] == "add_norm" and set(report.left) == {"blocks.0.mlp"}
+    twins.assert_same(untouched, replaced, lambda m, x: m(x), twins.images(32))
+
+
 @pytest.mark.parametrize("part", ["ls1", "ls2", "drop_path1", "drop_path2"])
 def test_layer_scales_and_drop_paths_that_are_hooked_or_exchanged_are_called(part):
     torch.manual_seed(0)
