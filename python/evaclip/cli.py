@@ -29,7 +29,7 @@ from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
 from evaclip.train.trainer import Trainer
 from evaclip.weights.convert import SHARD_SIZE, Dialect, convert
-from evaclip.weights.export import export
+from evaclip.weights.export import export, exported
 from evaclip.weights.load import Part
 from evaclip.weights.resize import Resize
 
@@ -82,6 +82,11 @@ def train(arguments: list[str]) -> int:
     name, rest = _named(arguments)
     show, scale, rest = _flags(rest)
     run = Path(name) if name and name not in recipe_files() and (Path(name) / "recipe.json").is_file() else None
+    if run and exported(run):
+        raise RecipeError(
+            f"{run} was written by `evaclip export` and is no run; start one from it: evaclip train RECIPE "
+            f"--model.checkpoint {run}"
+        )
     if run and checkpoint.is_checkpoint(run):
         raise RecipeError(
             f"{run} is one checkpoint; `evaclip train {run.parent.parent}` continues its run from the newest one, so "
@@ -230,9 +235,9 @@ def evaluate(arguments: list[str]) -> int:
             batch_size=options.batch_size,
         )
     output = options.output or Path(name) / f"eval-{Path(options.data).stem}.json"
-    write_json(results, output)
     for what, values in results.items():
         print_results({metric: {what: value} for metric, value in values.items()})
+    write_json(results, output)
     print(f"written to {output}")
     return 0
 

@@ -143,7 +143,7 @@ def estimate(job: Job, way: Way) -> Estimate:
     if step.gathered:  # in the dtype that is computed with; sums in float32
         weights, reduced = (n / step.widths.weight for n in (weights * step.widths.activation, reduced * 4))
     gathers = {"ddp": 0, "zero1": 1, "zero2": 1, "zero3": 2 * way.micro_batches + (way.micro_batches > 1)}[way.sharding]
-    scatters = 2 if way.sharding == "ddp" else 1
+    scatters = {"ddp": 2, "zero1": 1}.get(way.sharding, way.micro_batches)
     features = 2 * 4 * job.batch * config.embed_dim
     bus = min(gpu.link, gpu.network) if ranks > gpu.per_server else gpu.link
     communicating = (gathers * weights + scatters * reduced + features) * (ranks - 1) / ranks / bus

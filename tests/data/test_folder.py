@@ -124,6 +124,11 @@ def test_tables_name_images_and_captions(tmp_path, name, content):
         ("t.csv", "image,caption\n", "holds no image"),
         ("t.csv", b"image,caption\na.png,caf\xe9\n", "is not UTF-8"),
         ("t.jsonl", '{"image": "a.png"\n', "line 1 is no JSON"),
+        (
+            "t.tsv",
+            'filepath\ttitle\na.png\t"one\nb.png\ttwo\n',
+            "after line 1: .*; a caption with a quote is",
+        ),
         ("t.jsonl", '{"image": "a.png", "caption": 3}\n', "caption 3; a path and a text"),
         ("t.jsonl", "[1]\n", "has no column 'image' or 'filepath', only none"),
         ("t.xml", "<a/>", r"neither a folder nor a table \(\.csv, \.tsv, \.jsonl\)"),

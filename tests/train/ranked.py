@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from evaclip.data import DataError
@@ -42,6 +43,20 @@ def trainer(folder: str, changes: dict, resume: bool = False) -> Trainer:
 def as_pixels(images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of normalised grey images as shards give it, uint8; to the nearest level."""
     return ((images + 1) * 127.5).round().to(torch.uint8), ids
+
+
+def unsharded(folder: str, changes: dict) -> int:
+    """Bytes of whole gradients that a sharded model keeps after the backward pass of a micro-batch."""
+    it = trainer(folder, changes)
+    images, ids = it.source.batch(0)
+    with parallel.unsynchronized(it.take.forward):
+        image, text, _ = it.take.forward(images, ids, kept=None)
+        (image.sum() + text.sum()).backward()
+    states = [module._get_fsdp_state() for module in it.model.modules() if isinstance(module, FSDPModule)]
+    held = [p for state in states if state._fsdp_param_group for p in state._fsdp_param_group.fsdp_params]
+    assert held
+    kept = [p.unsharded_accumulated_grad for p in held]
+    return sum(grad.numel() * grad.element_size() for grad in kept if grad is not None)
 
 
 def equal(a, b) -> bool:

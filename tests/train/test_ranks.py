@@ -165,6 +165,11 @@ def test_sharded_processes_have_the_gradients_of_the_whole_batch(world, parallel
             assert error < 1e-5, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("parallel", ["fsdp", "fsdp2"])
+def test_micro_batches_of_a_sharded_model_keep_no_whole_gradients(parallel, tmp_path):
+    assert distributed.run(ranked.unsharded, 2, str(tmp_path), {"compute__parallel": parallel}) == [0, 0]
+
+
 def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
     changes = {"compute__parallel": "fsdp", "run__save_every": 3, "run__async_checkpoints": True}
     whole = distributed.run(ranked.run, 2, str(tmp_path / "whole"), changes)

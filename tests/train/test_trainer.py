@@ -227,6 +227,36 @@ def test_a_second_signal_does_not_break_the_checkpoint_at_hand(tmp_path, monkeyp
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_a_signal_that_comes_again_from_a_scheduler_saves_all_the_same(numbers, tmp_path):
+    """SLURM signals every process of a job, and torchrun its own once more."""
+    trainer = Trainer(tiny(schedule__steps=50), tmp_path)
+    step = trainer.train_step
+
+    def signalled():
+        if trainer.step == 3:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return step()
+
+    trainer.train_step = signalled
+    assert trainer.run() == numbers[0].name
+    assert checkpoint.load_trainer(checkpoint.latest(tmp_path))["step"] == 4
+
+
+def test_a_second_ctrl_c_after_a_while_does_not_wait(tmp_path):
+    trainer = Trainer(tiny(schedule__steps=50), tmp_path)
+
+    def hanging():
+        os.kill(os.getpid(), signal.SIGINT)
+        trainer.asked -= 2  # so long ago
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.train_step = hanging
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+
+
 def test_a_caption_the_tokenizer_refuses_stops_the_run_with_a_checkpoint(tmp_path):
     trainer = Trainer(tiny(), tmp_path)
     batch = trainer.source.batches.batch

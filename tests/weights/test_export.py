@@ -53,6 +53,8 @@ def test_a_run_is_exported_and_loaded_with_its_tokenizer(tmp_path, capsys):
         assert line in card
     assert main(["export", str(run), str(tmp_path / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "out")]) == 2
+    assert "written by `evaclip export` and is no run" in capsys.readouterr().err
 
 
 def test_what_a_recipe_leaves_out_is_its_default(tmp_path):

@@ -259,9 +259,15 @@ def _from_table(table: Path) -> dict[Path, list[str]]:
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
     text = _read(table)
     tabs = "\t" in text.partition("\n")[0]  # open_clip's tables are separated by tabs even as .csv
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
-    for row in reader:
-        yield reader.line_num, row
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(
+            f"ImageCaptions: {table}, after line {reader.line_num}: {error}; a caption with a quote is written in "
+            'quotes, and its own twice: "a ""quoted"" word"'
+        ) from error
 
 
 def _json_rows(table: Path) -> Iterator[tuple[int, dict]]:

@@ -28,7 +28,7 @@ class LossScale:
             if self.forgiven:
                 self.value = max(self.value / 2, 1.0)
             self.forgiven = True
-        elif self.good == self.window:
+        elif self.window and self.good >= self.window:
             self.value, self.good, self.forgiven = 2 * self.value, 0, False
 
     @property

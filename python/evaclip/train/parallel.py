@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,17 +98,9 @@ def _square(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
 
 
-@contextlib.contextmanager
-def unsynchronized(module: nn.Module):
-    """Gradients of backward passes inside stay this process's own, until one outside sums them all."""
-    if isinstance(module, DistributedDataParallel):
-        with module.no_sync():
-            yield
-    elif isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            module.set_requires_gradient_sync(True)
-    else:
-        yield
+def unsynchronized(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Gradients of backward passes inside stay this process's own, until one outside sums them all.
+
+    Not those of a sharded model: each process would have to keep all of them, unsharded. They are summed every time.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()

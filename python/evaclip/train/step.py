@@ -137,7 +137,8 @@ def forward_backward(
     for i, (part, state, gradient) in enumerate(zip(micro, states, gradients, strict=True)):
         last = i == parts - 1
         set_random_state(state, images.device)
-        # Only the last backward pass sums over processes; that of the scale, one for the whole batch, goes along.
+        # Only the last backward pass sums over processes, where they have whole models; the gradient of the scale, one
+        # for the whole batch, goes along.
         with contextlib.nullcontext() if last else unsynchronized(model):
             *outputs, out_scale = encode(*part)
             takes = last and scale.grad is not None and out_scale.requires_grad

@@ -62,7 +62,7 @@ class Trainer:
         self.feed = Feed(self.source, self.device, recipe.steps)
         self.take = step_of(recipe, self.model, self.ranks, self.device)
         self.optimizer = self.take.optimizer
-        self.writer = Writer(recipe, self.ranks)
+        self.writer = Writer(recipe, self.ranks, self.device)
         self.scale = LossScale()
         if recipe.compute.half == torch.float16:
             self.scale = LossScale(recipe.compute.loss_scale, recipe.compute.loss_scale_window)
@@ -70,6 +70,7 @@ class Trainer:
         self.waited = 0.0  # seconds that the last step waited for its batch
         self.stop: str | None = None  # why the run is to end after the step at hand
         self.saving = False
+        self.asked = 0.0  # when, by the monotonic clock
         if self.ranks.world > 1:  # all have the same weights, each its own random numbers
             torch.manual_seed(recipe.run.seed + self.ranks.rank)
         if found:
@@ -228,9 +229,12 @@ class Trainer:
         return used * (1 if sys.platform == "darwin" else 1024) / 1e9
 
     def _on_signal(self, number: int, frame) -> None:
-        if self.stop and not self.saving:  # the second one does not wait, unless a checkpoint is half written
+        # A second Ctrl-C does not wait, unless a checkpoint is half written. A SIGTERM comes twice where a scheduler
+        # signals every process, and torchrun its own once more; nor do both come from one press of keys.
+        if self.stop and number == signal.SIGINT and time.monotonic() > self.asked + 1 and not self.saving:
             raise KeyboardInterrupt
-        self.stop = signal.Signals(number).name
+        self.asked = self.asked if self.stop else time.monotonic()
+        self.stop = self.stop or signal.Signals(number).name
 
     def save(self) -> None:
         """Write a checkpoint of everything the next step depends on, now or in the background."""

@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,12 +20,16 @@ class Writer:
     All processes of a run must build it, and call `save` and `wait` at the same steps.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks):
+    def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device):
         self.recipe, self.ranks = recipe, ranks
         self.pool: futures.Executor | None = None
         self.pending: futures.Future | None = None
         if recipe.run.async_checkpoints:
-            self.pool = futures.ThreadPoolExecutor(1, "evaclip-writer")
+            # A new thread's GPU is the first one, where every process of a server would leave its mark.
+            options: dict = (
+                {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+            )
+            self.pool = futures.ThreadPoolExecutor(1, "evaclip-writer", **options)
             if ranks.group is not None:  # one of its own: what the thread exchanges must not meet what steps do
                 patience = timedelta(minutes=recipe.compute.timeout)
                 self.ranks = ranks._replace(group=dist.new_group(backend="gloo", timeout=patience))
