@@ -55,7 +55,7 @@ def unsharded(folder: str, changes: dict) -> int:
     states = [module._get_fsdp_state() for module in it.model.modules() if isinstance(module, FSDPModule)]
     held = [p for state in states if state._fsdp_param_group for p in state._fsdp_param_group.fsdp_params]
     assert held
-    kept = [p.unsharded_accumulated_grad for p in held]
+    kept = [grad for p in held for grad in (p.unsharded_accumulated_grad, p.unsharded_param.grad)]
     return sum(grad.numel() * grad.element_size() for grad in kept if grad is not None)
 
 
