@@ -1,5 +1,7 @@
 """Where to compute."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 
@@ -17,3 +19,11 @@ def pick_device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"the device is {name!r}, but torch finds no such GPU; `python -m evakernels` tells why")
     return torch.device(name)
+
+
+def one_thread(name: str, device: torch.device | None = None) -> ThreadPoolExecutor:
+    """A pool of one thread, whose current GPU is `device`, where that is one."""
+    if device is None or device.type != "cuda":
+        return ThreadPoolExecutor(1, name)
+    # A new thread's GPU is the first one, where every process of a server would leave its mark.
+    return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))

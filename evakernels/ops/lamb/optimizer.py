@@ -191,7 +191,7 @@ class FusedLAMB(Optimizer):
                 handle.remove()
 
     def _checked(self, loaded: dict[str, Any]) -> dict[str, Any]:
-        """A state dict whose states fit the parameters, with the steps of each; groups are compared by PyTorch."""
+        """The state dict, whose states must fit the parameters and know their steps; PyTorch compares groups."""
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         numbers = ((number, group) for group in loaded["param_groups"] for number in group["params"])
         for place, ((number, group), param) in enumerate(zip(numbers, params, strict=False)):

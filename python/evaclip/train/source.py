@@ -3,7 +3,7 @@
 import dataclasses
 from bisect import bisect
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from evaclip.data.readers import Readers
 from evaclip.data.shards import Shards, are_shards
 from evaclip.data.tar import CACHE
 from evaclip.data.tokenizer import get_tokenizer
+from evaclip.device import one_thread
 from evaclip.models.config import ClipConfig
 from evaclip.train.recipe import Data, Recipe, RecipeError
 
@@ -53,9 +54,7 @@ class Ahead:
     """
 
     def __init__(self, ahead: bool, end: int | None = None, device: torch.device | None = None):
-        # A new thread's GPU is the first one, where every process of a server would leave its mark.
-        options: dict = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device else {}
-        self.thread = ThreadPoolExecutor(1, "evaclip-ahead", **options) if ahead else None
+        self.thread = one_thread("evaclip-ahead", device) if ahead else None
         self.end = end
         self.next: tuple[int, Future] | None = None
 

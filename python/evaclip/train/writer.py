@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from evaclip.device import one_thread
 from evaclip.train import checkpoint
 from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Recipe
@@ -25,11 +26,7 @@ class Writer:
         self.pool: futures.Executor | None = None
         self.pending: futures.Future | None = None
         if recipe.run.async_checkpoints:
-            # A new thread's GPU is the first one, where every process of a server would leave its mark.
-            options: dict = (
-                {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
-            )
-            self.pool = futures.ThreadPoolExecutor(1, "evaclip-writer", **options)
+            self.pool = one_thread("evaclip-writer", device)
             if ranks.group is not None:  # one of its own: what the thread exchanges must not meet what steps do
                 patience = timedelta(minutes=recipe.compute.timeout)
                 self.ranks = ranks._replace(group=dist.new_group(backend="gloo", timeout=patience))
