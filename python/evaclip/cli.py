@@ -102,7 +102,7 @@ def train(arguments: list[str]) -> int:
         print(resolved(recipe), end="")
         return 0
     if not run:
-        run = began(Path(recipe.run.output), *join(recipe.compute.device, recipe.compute.timeout))
+        run = began(recipe, *join(recipe.compute.device, recipe.compute.timeout))
     resume = run is not None and bool(checkpoint.checkpoints(run))
     trainer = Trainer(recipe, run or Path(recipe.run.output) / recipe.name, resume=resume)
     ranks = trainer.ranks

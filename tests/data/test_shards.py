@@ -28,6 +28,7 @@ def touch(folder: Path, *names):
         ("a/*.tar", ["a/0.tar", "a/1.tar"]),
         ("a/[1-9].tar::b/{0..0}.tar", ["a/1.tar", "b/0.tar"]),
         ("a", ["a/0.tar", "a/1.tar"]),
+        ("a::b/1.tar", ["a/0.tar", "a/1.tar", "b/1.tar"]),
         ("pipe:cat {0..1}.tar", ["pipe:cat 0.tar", "pipe:cat 1.tar"]),
         ("s3://bucket/{0..1}.tar::pipe:echo ${HOME}", ["s3://bucket/0.tar", "s3://bucket/1.tar", "pipe:echo ${HOME}"]),
     ],
@@ -38,7 +39,7 @@ def test_patterns_are_written_out(source, names, tmp_path, monkeypatch):
     assert expand(source) == names and are_shards(source)
 
 
-@pytest.mark.parametrize("source", ["b", "b/x.csv", "digits", "a.tar.gz", "b/tar"])
+@pytest.mark.parametrize("source", ["b", "b/x.csv", "digits", "a.tar.gz", "b/tar", "0.tar::b"])
 def test_other_sources_are_no_shards(source, tmp_path, monkeypatch):
     touch(tmp_path, "b/x.csv")
     monkeypatch.chdir(tmp_path)
@@ -147,6 +148,7 @@ def test_a_pipe_is_copied_once(tmp_path):
             r"failed 3 times; exit code 1: OSError: no such bucket",
         ),
         ("head -c 100 /dev/zero; exit 3", "exit code 3: no message"),
+        ("false | echo half", "exit code 1: no message"),
         ("true", "it wrote nothing"),
     ],
 )

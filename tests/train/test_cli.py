@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -26,21 +27,23 @@ def test_without_a_command_it_lists_them(capsys):
     ("arguments", "sentence"),
     [
         (["train", "digit"], "did you mean digits"),
-        (["train"], "which recipe?"),
+        (["train"], r"which recipe\?"),
         (["train", "digits", "--model.name", "EVA02-CLIP-B16"], "EVA02-CLIP-B-16"),
         (["train", "digits", "--data.source", "nowhere"], "'nowhere' does not exist"),
         (["train", "digits", "--data.batch-size", "5000"], "batch_size is 5000"),
         (["train", "digits", "--compute.device", "abacus"], 'allowed are "auto"'),
         (["eval", "nowhere"], "nowhere does not exist"),
-        (["eval"], "which run?"),
+        (["eval"], r"which run\?"),
         (["train", "digits", "--model.vision", "image_size", "big"], "image_size is 'big'"),
         (["train", "digits", "--model.vision", "layers", "0"], "layers is 0"),
+        (["train", "digits", "--model.vision", "image_size", "16"], "images of 1 x 8 x 24, but .* takes 1 x 16 x 16"),
+        (["eval", __file__], "test_cli.py is a file; `evaclip export .*test_cli.py FOLDER`"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    assert sentence in capsys.readouterr().err
+    assert re.search(sentence, capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,6 +138,17 @@ def test_the_printed_snippet_runs(run, capsys, monkeypatch):
 def test_a_changed_model_cannot_continue_a_run(run, capsys):
     assert main(["train", str(run), "--model.vision.layers", "2", "--schedule.steps", "4"]) == 2
     assert "blocks.1" in capsys.readouterr().err
+
+
+def test_options_that_fail_at_once_are_not_kept(run, monkeypatch):
+    before = (run / "recipe.json").read_bytes()
+    further = ["train", str(run), "--schedule.steps", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("evaclip.train.step.forward_backward", lambda *_: (_ for _ in ()).throw(ValueError("no memory")))
+        assert main([*further, "--run.keep", "7"]) == 2
+    assert (run / "recipe.json").read_bytes() == before
+    assert main([*further, "--run.keep", "8"]) == 0
+    assert json.loads((run / "recipe.json").read_text())["run"]["keep"] == 8
 
 
 def test_a_checkpoint_folder_is_no_run(run, capsys):

@@ -18,7 +18,9 @@ from train import ranked
 import evaclip
 from evaclip.train import checkpoint
 from evaclip.train.log import read_metrics
-from evaclip.train.recipe import load_recipe
+from evaclip.train.ranks import Ranks
+from evaclip.train.recipe import load_recipe, save_recipe
+from evaclip.train.restart import began, mark
 from evaclip.train.trainer import Trainer
 
 
@@ -107,6 +109,22 @@ def test_a_dead_process_ends_the_job_which_continues_from_its_checkpoint(tmp_pat
     assert before >= 2
     resumed = Trainer(load_recipe(str(run / "recipe.json")), run, resume=True)
     assert resumed.step == before and math.isfinite(resumed.train_step()["loss"])
+
+
+def test_a_restarted_job_goes_on_with_its_own_recipe_alone(tmp_path, monkeypatch):
+    """Of two runs that jobs of one id began, it is that of the same recipe, though the other is later."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "again")
+    mine, other = (ranked.tiny(run__output=str(tmp_path), run__seed=seed) for seed in (1, 2))
+    for recipe, name in ((mine, "first"), (other, "second")):
+        (tmp_path / name).mkdir()
+        save_recipe(recipe, tmp_path / name / "recipe.json")
+        mark(tmp_path / name)
+        os.utime(tmp_path / name / "job", (2**31 + recipe.run.seed, 2**31 + recipe.run.seed))
+    assert began(mine, Ranks(), torch.device("cpu")) is None  # not restarted
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert began(mine, Ranks(), torch.device("cpu")) == tmp_path / "first"
+    assert began(other, Ranks(), torch.device("cpu")) == tmp_path / "second"
+    assert began(ranked.tiny(run__output=str(tmp_path)), Ranks(), torch.device("cpu")) is None
 
 
 def test_a_job_that_torchrun_restarts_goes_on_by_itself(tmp_path):

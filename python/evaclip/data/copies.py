@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -102,8 +103,11 @@ def _make(command: str, path: Path) -> None:
 def _run(command: str, path: Path) -> str:
     """Write what a command prints into a file, whole or not at all; returns what went wrong, if anything."""
     partial = path.with_suffix(".partial")
+    # Of a pipeline no part may fail, or half an archive would pass for a whole one; a plain sh cannot tell.
+    bash = shutil.which("bash")
+    words = [bash, "-o", "pipefail", "-c", command] if bash else ["sh", "-c", command]
     with partial.open("wb") as out:
-        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE)
     if done.returncode == 0 and partial.stat().st_size:
         os.replace(partial, path)
         return ""

@@ -197,11 +197,9 @@ def _listed(text: str) -> list:
 
 
 def are_shards(source: str) -> bool:
-    """Whether a data source names tar shards, by its form; a folder by what is in it."""
-    path = Path(source)
-    if path.is_dir():
-        return any(path.glob("*.tar"))
-    return is_remote(source) or source.split("::")[0].endswith(".tar")
+    """Whether a data source names tar shards, by its form; a folder by what is in it; all of several."""
+    parts = source.split("::")
+    return all(any(Path(p).glob("*.tar")) if os.path.isdir(p) else is_remote(p) or p.endswith(".tar") for p in parts)
 
 
 def expand(source: str) -> list[str]:

@@ -142,6 +142,8 @@ def latest(path: Path) -> Path:
         return path
     found = checkpoints(path)
     if not found:
+        if path.is_file():
+            raise CheckpointError(f"{path} is a file; `evaclip export {path} FOLDER` makes a folder of it to give instead")
         what = "has no checkpoints" if path.is_dir() else "does not exist"
         raise CheckpointError(
             f"{path} {what}; give a folder that `evaclip train` wrote, or one of its checkpoints/step-*"

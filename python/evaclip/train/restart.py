@@ -2,11 +2,13 @@
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from evaclip.train.ranks import Ranks, restarts
+from evaclip.train.recipe import Recipe, RecipeError, load_recipe
 
 JOB = "job"  # the file of a run's folder that says which job began it
 
@@ -17,16 +19,24 @@ def mark(folder: Path) -> None:
         (folder / JOB).write_text(_job())
 
 
-def began(output: Path, ranks: Ranks, device: torch.device) -> Path | None:
-    """The folder that this job's processes began before torchrun restarted them; None: they began none.
+def began(recipe: Recipe, ranks: Ranks, device: torch.device) -> Path | None:
+    """The folder in which this job's processes began a recipe before torchrun restarted them; None: they began none.
 
     All processes must call: those of a server where nothing failed do not know of the restart. The first one looks.
     """
     if not ranks.worst(restarts(), device):
         return None
-    folders = [file.parent for file in output.glob(f"*/{JOB}") if file.read_text() == _job()] if ranks.first else []
+    files = Path(recipe.run.output).glob(f"*/{JOB}") if ranks.first else ()
+    # A job that was given the id of an earlier one must not go on with what that one trained.
+    folders = [file.parent for file in files if file.read_text() == _job() and _holds(file.parent, recipe)]
     found = ranks.told(str(max(folders, key=lambda folder: (folder / JOB).stat().st_mtime)) if folders else None)
     return Path(found) if found else None
+
+
+def _holds(folder: Path, recipe: Recipe) -> bool:
+    with suppress(RecipeError):
+        return load_recipe(str(folder / "recipe.json")) == recipe
+    return False
 
 
 def _job() -> str:

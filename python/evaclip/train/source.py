@@ -171,6 +171,12 @@ def open_source(recipe: Recipe, config: ClipConfig, rank: int = 0, world: int = 
         return Readers(batches, data.workers, max_unreadable=data.max_unreadable)
     if data.source == "digits" and not data.mixture:
         digits = Digits(data.batch_size, seed=seed, rank=rank, world=world)
+        if (vision.channels, vision.image) != (1, digits.image_size):
+            raise RecipeError(
+                f"the digits are images of 1 x {' x '.join(map(str, digits.image_size))}, but the vision tower of "
+                f"{recipe.model.name} takes {vision.channels} x {' x '.join(map(str, vision.image))}; give it those, "
+                "or data.source a data set of its own"
+            )
         return Tokenized(Videos(digits, frames) if frames else digits, tokenizer, ahead=False)
     if data.mixture or frames:
         what = "data.mixture" if data.mixture else "a video source"

@@ -84,9 +84,11 @@ class Trainer:
         """
         recipe, steps = self.recipe, self.schedule.steps
         self.folder.mkdir(parents=True, exist_ok=True)
+        kept, begun = self.folder / "recipe.json", self.step
         log = samples = None
         if self.ranks.first:
-            save_recipe(recipe, self.folder / "recipe.json")
+            if not kept.exists():
+                save_recipe(recipe, kept)
             log = RunLog(self.folder, recipe, self.step)
         if recipe.run.sample_log:
             samples = Rows(self.folder / f"samples-{self.ranks.rank}.jsonl", self.step)
@@ -105,6 +107,8 @@ class Trainer:
                 if samples:
                     samples.add(self.step - 1, names=self.feed.names)
                 if log:
+                    if self.step == begun + 1:  # changed options that fail at once are not those to continue with
+                        save_recipe(recipe, kept)
                     self._report(log, metrics, seconds)
                 if self.step % recipe.run.save_every == 0:
                     self.save()
