@@ -97,7 +97,7 @@ def evaclips(case: Case, ranks: Ranks, **compute: Any) -> Callable[[], object] |
     def ready() -> tuple:
         torch.manual_seed(0)
         given = recipe(case, **compute)
-        model = build_model(given, harness.device())
+        model = build_model(given, harness.device(), ranks)
         return model.config.vision, step_of(given, model, ranks, harness.device()), *batch_of(case, ranks)
 
     steps = count()

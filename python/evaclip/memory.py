@@ -39,12 +39,13 @@ class Step:
     precision: Precision = "fp32"
     patch_drop: float = 0.0
     frames: int = 1
-    gathered: bool = False  # weights come in half precision from a sharded store: autocast has nothing to cast
+    gathered: bool = False  # weights, and so the stream, come in half precision from a sharded store: nothing to cast
 
     @property
     def widths(self) -> Widths:
         """Bytes per element."""
-        return WIDTHS[self.precision]
+        widths = WIDTHS[self.precision]
+        return widths._replace(stream=widths.activation) if self.gathered else widths
 
     @property
     def casts(self) -> bool:

@@ -1,9 +1,11 @@
 """What the processes of a distributed run do in tests; also the recipe that tests train."""
 
 import dataclasses
+import itertools
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,29 @@ def unsharded(folder: str, changes: dict) -> int:
     return sum(grad.numel() * grad.element_size() for grad in kept if grad is not None)
 
 
+def saved_bytes(model, function) -> tuple[int, Any]:
+    """Bytes that autograd keeps: of every storage it saved once, weights and buffers of the model left out."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()
+    held = (x.to_local() if isinstance(x, DTensor) else x for x in itertools.chain(model.parameters(), model.buffers()))
+    own = {x.untyped_storage().data_ptr() for x in held}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own), result
+
+
+def saved(folder: str, changes: dict) -> int:
+    """Bytes that autograd keeps of a step's forward pass, no patches dropped."""
+    it = trainer(folder, changes)
+    compute, (images, ids) = it.recipe.compute, it.source.batch(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute.autocasts):
+        return saved_bytes(it.model, lambda: it.take.forward(images, ids, kept=None))[0]
+
+
 def equal(a, b) -> bool:
     """Whether two states are the same, to the last bit."""
     if isinstance(a, torch.Tensor):
@@ -92,6 +117,18 @@ def compiled_gradients(folder: str, changes: dict) -> dict[str, torch.Tensor]:
     """The same of compiled blocks."""
     parallel.BACKEND = "aot_eager"
     return gradients(folder, changes | {"compute__compile": True})
+
+
+def started(folder: str, changes: dict) -> tuple[dict[str, torch.Tensor], bool]:
+    """The weights a run starts with, and whether its model had any memory when it was sharded."""
+    taken, shard = [], parallel.fully_shard
+    parallel.fully_shard = lambda module, **options: (
+        taken.extend(p for p in module.parameters() if not p.is_meta), shard(module, **options)
+    )  # fmt: skip
+    try:
+        return weights(trainer(folder, changes)), bool(taken)
+    finally:
+        parallel.fully_shard = shard
 
 
 def run(folder: str, changes: dict, resume: bool = False) -> tuple[str, int, dict]:

@@ -3,8 +3,11 @@
 import dataclasses
 import itertools
 
+import distributed
 import pytest
 import torch
+from train import ranked
+from train.ranked import saved_bytes
 
 import evakernels as ek
 from evaclip import flops, memory
@@ -41,22 +44,6 @@ def forward(model, precision, images, ids, kept):
         return model(images, ids, kept=kept)
 
 
-def saved_bytes(model, function):
-    """Bytes that autograd keeps: of every storage it saved once, weights and buffers of the model left out."""
-    own = {x.untyped_storage().data_ptr() for x in itertools.chain(model.parameters(), model.buffers())}
-    storages = {}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = function()
-    return sum(storage.nbytes() for storage in storages.values()), result
-
-
 @each_model
 @each_precision
 @pytest.mark.parametrize("drop", [0.0, 0.5])
@@ -65,6 +52,15 @@ def test_activations_are_those_of_the_formula(name, precision, drop):
     actual, _ = saved_bytes(model, lambda: forward(model, precision, *batch_of(model, drop)))
     formula = memory.activations(model.config, memory.Step(BATCH, precision, drop), checkpointing="none")
     assert formula == pytest.approx(actual, rel=0.015)
+
+
+@each_precision
+def test_activations_of_a_sharded_model_are_those_of_the_formula(precision, tmp_path):
+    changes = {"compute__parallel": "fsdp", "compute__precision": precision}
+    config = configure("EVA02-CLIP-tiny-digits", vision={"layers": 1}, text={"layers": 1})
+    formula = memory.activations(config, memory.Step(8, precision, gathered=True), checkpointing="none")
+    for actual in distributed.run(ranked.saved, 2, str(tmp_path), changes):
+        assert formula == pytest.approx(actual, rel=0.015)
 
 
 @each_model

@@ -12,7 +12,7 @@ import time
 import distributed
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train import ranked
 
 import evaclip
@@ -209,6 +209,32 @@ def test_a_sharded_run_continues_at_another_number_of_processes(tmp_path):
     evaclip.convert(tmp_path / "whole", tmp_path / "one.safetensors")
     for name, value in load_file(tmp_path / "one.safetensors").items():
         assert torch.equal(value, whole[0][2][name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"compute__precision": "bf16"}])
+def test_a_model_is_sharded_before_it_takes_memory_and_starts_like_a_whole_one(changes, tmp_path):
+    expected, _ = ranked.started(str(tmp_path), changes)
+    image = tmp_path / "image.safetensors"
+    save_file({name: value + 1 for name, value in expected.items()}, image)
+    for more in ({}, {"model__image_checkpoint": str(image)}):
+        expected, _ = ranked.started(str(tmp_path), changes | more)
+        for actual, taken in distributed.run(
+            ranked.started, 2, str(tmp_path), changes | more | {"compute__parallel": "fsdp"}
+        ):
+            assert not taken and ranked.equal(actual, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+def test_a_run_goes_on_sharded_whole_and_sharded_again(optimizer, tmp_path):
+    """Each for two steps, from a checkpoint of the other kind: to rounding the steps of one process."""
+    for world, parallel, steps in ((1, "ddp", 2), (2, "fsdp", 4), (1, "ddp", 6), (3, "fsdp2", 8)):
+        changes = {"optimizer__name": optimizer, "schedule__steps": steps}
+        _, _, expected = ranked.run(str(tmp_path / "one"), changes, steps > 2)
+        how = changes | {"compute__parallel": parallel}
+        (outcome, step, actual), *_ = distributed.run(ranked.run, world, str(tmp_path / "many"), how, steps > 2)
+        assert (outcome, step) == ("finished", steps)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_copies_of_a_sharded_model_are_trained_like_a_whole_one_and_continue_in_other_shapes(tmp_path):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from evaclip.models.parts import part_of
 from evakernels import add_norm, layer_norm, norm_add, rms_norm
 
 Checkpointing = Literal["none", "block", "selective"]
@@ -118,8 +119,20 @@ def drop_path_scale(x: Tensor, rate: float, training: bool) -> Tensor | None:
 @torch.no_grad()
 def init_normal(parameter: Tensor, std: float, truncated: bool = False) -> None:
     """Fill with a normal of mean 0, drawn in float32 whatever the dtype; `truncated` cuts it at -2 and 2."""
-    draw = torch.empty_like(parameter, dtype=torch.float32)
-    parameter.copy_(nn.init.trunc_normal_(draw, std=std) if truncated else nn.init.normal_(draw, std=std))
+    draw = _undrawn(parameter)
+    draw = nn.init.trunc_normal_(draw, std=std) if truncated else nn.init.normal_(draw, std=std)
+    parameter.copy_(part_of(draw, parameter))
+
+
+@torch.no_grad()
+def init_uniform(parameter: Tensor, bound: float) -> None:
+    """Fill evenly between -bound and bound, drawn in float32 whatever the dtype."""
+    parameter.copy_(part_of(nn.init.uniform_(_undrawn(parameter), -bound, bound), parameter))
+
+
+def _undrawn(parameter: Tensor) -> Tensor:
+    """Room for all of a parameter's values: every process draws them all, so that they are those of one alone."""
+    return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
 
 
 def init_linear(linear: nn.Linear, std: float, truncated: bool = False) -> None:

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaclip.models.blocks import Checkpointing, Norm, Stream, drop_path_scale, init_linear, init_normal, run_blocks
+from evaclip.models.blocks import (
+    Checkpointing,
+    Norm,
+    Stream,
+    drop_path_scale,
+    init_linear,
+    init_normal,
+    init_uniform,
+    run_blocks,
+)
 from evaclip.models.config import VisionConfig
 from evakernels import Rope2d, gather_tokens, patchify
 from evakernels.nn import Attention, SwiGLU
@@ -126,7 +135,8 @@ class VisionTower(nn.Module):
     def reset_parameters(self) -> None:
         """Draw initial values: normals of std `init_std`, each branch's last projection shrunk with depth."""
         config = self.config
-        self.patch_embed.proj.reset_parameters()
+        for parameter in self.patch_embed.proj.parameters():  # as PyTorch's convolutions
+            init_uniform(parameter, (config.channels * config.patch**2) ** -0.5)
         init_normal(self.cls_token, config.init_std, truncated=True)
         init_normal(self.pos_embed, config.position_init_std, truncated=True)
         for module in self.blocks.modules():

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from evaclip.files import as_new, flush
 from evaclip.models import load_checkpoint
 from evaclip.models.clip import CLIP
+from evaclip.models.parts import part_of
 from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Recipe, save_recipe
 
@@ -111,13 +112,13 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}; an older one may be whole") from error
         set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
-    elif sharded(model):
-        raise CheckpointError(
-            f"{folder} was written with compute.parallel 'ddp' or by one process; continue it that way, or start a new "
-            f"run from its weights (--model.checkpoint {folder / WEIGHTS})"
-        )
     else:
         load_checkpoint(model, folder / WEIGHTS)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, values in state["optimizer"]["state"].items():
+            for key, value in values.items():
+                if value.shape == parameters[number].shape:
+                    values[key] = part_of(value, parameters[number])
         optimizer.load_state_dict(state["optimizer"])
     return state
 
@@ -143,7 +144,7 @@ def latest(path: Path) -> Path:
     found = checkpoints(path)
     if not found:
         if path.is_file():
-            raise CheckpointError(f"{path} is a file; `evaclip export {path} FOLDER` makes a folder of it to give instead")
+            raise CheckpointError(f"{path} is a file; give the folder that `evaclip export {path} FOLDER` makes of it")
         what = "has no checkpoints" if path.is_dir() else "does not exist"
         raise CheckpointError(
             f"{path} {what}; give a folder that `evaclip train` wrote, or one of its checkpoints/step-*"

@@ -6,6 +6,8 @@ import torch
 
 from evaclip.models import create_model, load_checkpoint
 from evaclip.models.clip import CLIP
+from evaclip.train.parallel import shard
+from evaclip.train.ranks import ALONE, Ranks
 from evaclip.train.recipe import Model, Recipe, RecipeError
 
 # The fields of `Model` that name weights, and the tower they are for, in the order they are read.
@@ -16,11 +18,16 @@ CHECKPOINTS: dict[str, Literal["visual", "text"] | None] = {
 }
 
 
-def build_model(recipe: Recipe, device: str | torch.device) -> CLIP:
-    """A recipe's model on a device, in the dtype it is trained in, with initial values."""
-    model, compute = recipe.model, recipe.compute
+def build_model(recipe: Recipe, device: str | torch.device, ranks: Ranks = ALONE) -> CLIP:
+    """A recipe's model on a device, in the dtype it is trained in, with initial values; sharded, if it is to be."""
+    model, compute, device = recipe.model, recipe.compute, torch.device(device)
     dtype = None if compute.autocasts else compute.half
-    return create_model(model.name, device=device, dtype=dtype, vision=model.vision, text=model.text)
+    # Sharded without memory first: a whole one may be more than a GPU holds.
+    built = create_model(model.name, device="meta", dtype=dtype, vision=model.vision, text=model.text)
+    shard(built, compute, ranks, device)
+    if device.type != "meta":
+        built.to_empty(device=device).reset_parameters()
+    return built
 
 
 def start(model: CLIP, recipe: Model) -> list[str]:

@@ -20,20 +20,28 @@ BACKEND = "inductor"  # of torch.compile
 
 
 def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) -> nn.Module:
-    """The module to call for features whose gradients are averaged over all processes.
+    """The module to call for features whose gradients are averaged over all processes, of a model as `shard` left it.
+
+    Blocks are compiled now, if they are to be.
+    """
+    if compute.compile:
+        compile_blocks(model)
+    if ranks.group is None or compute.parallel != "ddp":
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def shard(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) -> None:
+    """Divide a model's parameters among the processes; they may be on the meta device, and get their values afterwards.
 
     "ddp" keeps the whole model in every process. "fsdp" shards parameters, gradients and optimizer state, block by
     block (ZeRO-3); "fsdp2" keeps a block's parameters from the forward to the backward pass (ZeRO-2 with sharded
     parameters): less communication, more memory. With `compute.shard` below the number of processes each so many of
     them share one copy (HSDP): parameters are gathered within these, gradients averaged over the copies as well.
     """
-    if compute.compile:
-        compile_blocks(model)
-    if ranks.group is None:
-        return model
-    if compute.parallel == "ddp":
-        devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    if ranks.group is None or compute.parallel == "ddp":
+        return
     shard = compute.shard or ranks.world
     copies = ranks.world // shard
     shape, names = ((copies, shard), ("copies", "shards")) if copies > 1 else ((shard,), ("shards",))
@@ -50,7 +58,6 @@ def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) ->
     for block in blocks_of(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
-    return model
 
 
 def blocks_of(model: CLIP) -> list[nn.Module]:

@@ -62,6 +62,9 @@ class Ranks(NamedTuple):
             dist.barrier(self.group)
 
 
+ALONE = Ranks()
+
+
 def join(device: str, minutes: float) -> tuple[Ranks, torch.device]:
     """Take this process's place in the run, and its device.
 

@@ -10,10 +10,9 @@ import evakernels as ek
 from evaclip.data.preprocess import normalized
 from evaclip.models.clip import CLIP
 from evaclip.train.parallel import averaged, grad_norm, unsynchronized
-from evaclip.train.ranks import Ranks
+from evaclip.train.ranks import ALONE, Ranks
 from evaclip.train.recipe import Recipe
 
-ALONE = Ranks()
 CLIP_EPS = 1e-6  # added to the norm that is held against its limit, as PyTorch and DeepSpeed do
 
 

@@ -48,7 +48,7 @@ class Trainer:
             torch.set_num_threads(recipe.compute.threads)
         torch.manual_seed(recipe.run.seed)
         found = checkpoint.latest(folder) if resume else None
-        self.model = build_model(recipe, self.device)
+        self.model = build_model(recipe, self.device, self.ranks)
         if not found:
             for note in start(self.model, recipe.model):
                 if self.ranks.first:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from evaclip.models.clip import CLIP
+from evaclip.models.parts import part_of
 from evaclip.weights import dialects
 from evaclip.weights.dialects import Pieces
 from evaclip.weights.files import locate, open_weights, some
@@ -59,7 +60,8 @@ def load_checkpoint(
     """Read weights of any dialect into a model; strict, and nothing is changed unless everything fits.
 
     Args:
-        model: from `create_model`, on a real device. Tensors are converted to the dtype of its parameters.
+        model: from `create_model`, on a real device. Tensors are converted to the dtype of its parameters, which may be
+            sharded over processes by `fully_shard`: then all must call.
         path: a file or folder as of docs/weights.md, or a name of the Hugging Face hub (`owner/name`,
             `hf-hub:owner/name/file`). The dialect is found out from the keys; rotary tables are ignored, since the
             model computes them.
@@ -83,7 +85,7 @@ def load_checkpoint(
     fit = fitted(path, model, part=part, resize=resize, skip=skip)
     with torch.no_grad():
         for key, tensor in fit.tensors.items():
-            target[key].copy_(tensor.read())
+            target[key].copy_(part_of(tensor.read(), target[key]))
     return fit.report
 
 
