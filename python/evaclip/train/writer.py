@@ -38,10 +38,15 @@ class Writer:
             CheckpointError: this one could not be written, or in the background the one before.
         """
         if self.pool is None:
-            checkpoint.save(run, self.recipe, state, self.ranks)
+            self._write(run, state)
         else:
             self.wait()
-            self.pending = self.pool.submit(checkpoint.save, run, self.recipe, _copied(state), self.ranks)
+            self.pending = self.pool.submit(self._write, run, _copied(state))
+
+    def _write(self, run: Path, state: dict[str, Any]) -> None:
+        checkpoint.save(run, self.recipe, state, self.ranks)
+        if self.ranks.world > 1 and self.ranks.first:  # where a process dies, NCCL leaves the others no last word
+            print(f"saved {checkpoint.latest(run)}", flush=True)
 
     @property
     def failed(self) -> bool:
