@@ -96,6 +96,10 @@ def test_what_print_shows_is_the_recipe(name, tmp_path, capsys):
     assert set(tomllib.loads(text)) >= {"name", "model", "data", "optimizer", "schedule", "loss", "compute", "run"}
 
 
+def test_print_names_no_source_beside_a_mixture():
+    assert "\nsource" not in resolved(load_recipe("EVA-CLIP-8B")) and "\nsource" in resolved(load_recipe("digits"))
+
+
 def test_print_tells_what_follows():
     text = resolved(load_recipe("EVA-CLIP-18B"))
     assert "17,630,494,720 parameters" in text

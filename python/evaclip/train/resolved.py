@@ -10,7 +10,7 @@ from evaclip.models.clip import CLIP
 from evaclip.models.config import VisionConfig
 from evaclip.train.model import build_model
 from evaclip.train.optim import parameter_groups
-from evaclip.train.recipe import Recipe, Stage
+from evaclip.train.recipe import Data, Recipe, Stage
 
 
 def resolved(recipe: Recipe) -> str:
@@ -27,7 +27,10 @@ def resolved(recipe: Recipe) -> str:
         *_learning_rates(model, recipe),
     ]
     lines = [part for line in lines for part in wrap(line, 116, subsequent_indent="    ")]
-    return "".join(f"# {line}\n" for line in lines) + "\n" + to_toml(dataclasses.asdict(recipe))
+    values = dataclasses.asdict(recipe)
+    if recipe.data.mixture and recipe.data.source == Data.source:
+        del values["data"]["source"]  # which a mixture takes the place of
+    return "".join(f"# {line}\n" for line in lines) + "\n" + to_toml(values)
 
 
 def _stage(number: int, stage: Stage, vision: VisionConfig) -> str:
