@@ -104,11 +104,13 @@ def implementation(family: str, name: str) -> ModuleType | str:
         if error.name == path:
             return f"this version of evakernels has no {name} implementation of {family}"
         return f"it needs the Python package {error.name!r}, which is not installed"
+    except ImportError as error:
+        return f"it needs a Python package that is installed, but does not load: {error}"
 
 
 @cache
 def _exists(family: str, name: str) -> bool:
-    """Whether there is such an implementation, be it that it cannot be imported here."""
+    """Whether there is such an implementation, whether or not it can be imported here."""
     return importlib.util.find_spec(f"evakernels.ops.{family}.{name}") is not None
 
 

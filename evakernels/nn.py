@@ -21,6 +21,8 @@ ALIGNMENT = 8  # elements: 16 bytes in half precision, which matrix products wan
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension, by `evakernels.layer_norm`; also as timm's `norm_layer`.
 
+    Under autocast the result has autocast's dtype, where PyTorch's is float32.
+
     Args:
         normalized_shape: C, or (C,).
         eps: added to the variance; vision transformers' 1e-6, where PyTorch's default is 1e-5.
@@ -51,6 +53,8 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` over the last dimension, by `evakernels.rms_norm`.
+
+    Under autocast the result has autocast's dtype, where PyTorch's is float32.
 
     Args:
         normalized_shape: C, or (C,).
@@ -158,13 +162,26 @@ _PLAIN = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, LayerNorm)
 def swiglu_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, norm: nn.LayerNorm | None, down: nn.Linear) -> Tensor:
     """down(norm(silu(gate(x)) * up(x))); `gate` and `up` are one matrix product, padded to a multiple of 8."""
     width = gate.out_features
-    zeros = gate.weight.new_zeros(-width % ALIGNMENT, gate.in_features)
-    weight = torch.cat([gate.weight, zeros, up.weight, zeros])
-    bias = None if gate.bias is None else torch.cat([gate.bias, zeros[:, 0], up.bias, zeros[:, 0]])
-    back = F.pad(down.weight, (0, len(zeros))) if len(zeros) else down.weight
+    padding = -width % ALIGNMENT
+    back = F.pad(down.weight, (0, padding)) if padding else down.weight
     weights = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None)
-    hidden = swiglu_norm_packed(F.linear(x, weight, bias), *weights, width=width)
+    hidden = swiglu_norm_packed(F.linear(x, *joined(gate, up, padding=padding)), *weights, width=width)
     return F.linear(hidden, back, down.bias)
+
+
+def joined(*linears: nn.Linear, padding: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one Linear that computes what these do, one after the other, with so many zeros after each."""
+    if len(linears) == 1 and not padding:
+        return linears[0].weight, linears[0].bias
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    for linear in linears:
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        zeros = linear.weight.new_zeros(padding, linear.in_features)
+        weights += [linear.weight, zeros] if padding else [linear.weight]
+        biases += [bias, zeros[:, 0]] if padding else [bias]
+    has_bias = any(linear.bias is not None for linear in linears)
+    return torch.cat(weights), torch.cat(biases) if has_bias else None
 
 
 class Attention(nn.Module):
@@ -226,15 +243,17 @@ class Attention(nn.Module):
         embedding a token's place is of no account, and neither are they.
         """
         projections = (self.qkv,) if self.qkv_fused else (self.q_proj, self.k_proj, self.v_proj)
-        bias = None
+        own = None
         if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            own = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if bare(*projections):
-            weight = self.qkv.weight if self.qkv_fused else torch.cat([p.weight for p in projections])
+            weight, bias = joined(*projections)
+            if own is not None:
+                bias = own if bias is None else bias + own
             qkv = F.linear(x, weight, bias)
         else:
             qkv = torch.cat([projection(x) for projection in projections], -1)
-            qkv = qkv if bias is None else qkv + bias.to(qkv.dtype)
+            qkv = qkv if own is None else qkv + own.to(qkv.dtype)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         positions = None if self.rope is None else positions
         y = attention_qkvpacked(qkv, rope=self.rope, positions=positions, causal=self.causal).flatten(2)
@@ -362,8 +381,10 @@ class SigLipLoss(nn.Module):
 
 
 def equal_shares(function: str, world_size: int, features: Tensor) -> dict[str, Any]:
-    """The group and the sizes of a loss of `torch.distributed`'s default group, which must have so many processes, each
-    with as many samples; of one process neither."""
+    """The arguments `group` and `batch_sizes` for `torch.distributed`'s default group, or none for one process.
+
+    The group must have so many processes, each with as many samples.
+    """
     if world_size == 1:
         return {}
     size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0

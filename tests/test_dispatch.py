@@ -1,5 +1,6 @@
 """How a call finds its implementation, and what it says when it finds none."""
 
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,14 @@ def test_an_implementation_refuses_in_its_own_words(monkeypatch):
     with ek.using("cpu"), pytest.raises(NotImplementedError, match="cpu: it is tired"):
         ek.layer_norm(torch.ones(2, 4), torch.ones(4))
     ek.layer_norm(torch.ones(2, 4), torch.ones(4))  # without being forced, the next one serves
+
+
+def test_a_package_that_does_not_load_is_one_reason_among_others(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: no such symbol')")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "evakernels"], capture_output=True, text=True, check=True, env=env)
+    assert "is installed, but does not load: libtriton.so: no such symbol" in done.stdout
 
 
 def test_doctor_reports_every_family():

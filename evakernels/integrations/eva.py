@@ -273,13 +273,13 @@ def block_forward(self, x, rel_pos_bias=None, attn_mask=None, kept=None):
         ):
             y = branch(x)
             if bare(norm) and not forwards.altered(self.drop_path):
-                x = forwards.post_norm_step(x, y, norm, _drop(self.drop_path, y), gamma)
+                x = forwards.post_norm_step(x, y, norm, scale=gamma, drop=_drop(self.drop_path, y))
             else:
                 x = x + self.drop_path(_scaled(norm(y), gamma))
         return x
     branch = self.attn(self.norm1(x), **options)
     if bare(self.norm2) and not forwards.altered(self.drop_path):
-        x, y = forwards.pre_norm_step(x, branch, self.norm2, self.gamma_1, _drop(self.drop_path, branch))
+        x, y = forwards.pre_norm_step(x, branch, self.norm2, scale=self.gamma_1, drop=_drop(self.drop_path, branch))
     else:
         x = x + self.drop_path(_scaled(branch, self.gamma_1))
         y = self.norm2(x)
@@ -344,7 +344,7 @@ def attention_forward(self, x, rel_pos_bias=None, attn_mask=None, kept=None):
         if kept is not None:
             raise NotImplementedError(
                 "eva_clip's Attention: a mask or bias beside dropped patches is not covered, nor is dropout of"
-                " attention weights; leave it away, or call undo()"
+                " attention weights; leave it out, or call undo()"
             )
         return original(self).forward(self, x, rel_pos_bias, attn_mask)
     # The original, too, reads these weights and calls no projection.
@@ -415,7 +415,7 @@ def _multihead_reason(attn: nn.MultiheadAttention, mask: Tensor | None) -> str |
 def text_block_forward(self, x, attn_mask=None):
     branch = self.attention(self.ln_1(x), attn_mask=attn_mask)
     if bare(self.ln_2):
-        x, y = forwards.pre_norm_step(x, self.ls_1(branch), self.ln_2, None, None)
+        x, y = forwards.pre_norm_step(x, self.ls_1(branch), self.ln_2)
     else:
         x = x + self.ls_1(branch)
         y = self.ln_2(x)

@@ -95,14 +95,16 @@ def decide_norm(plan: Plan, name: str, norm: nn.Module, feeding: bool) -> None:
         plan.leave(name, why)
 
 
-def pre_norm_step(x: Tensor, branch: Tensor, norm: nn.Module, scale: Tensor | None, drop: Tensor | None):
+def pre_norm_step(
+    x: Tensor, branch: Tensor, norm: nn.Module, *, scale: Tensor | None = None, drop: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x + drop * scale * branch, and its norm."""
     x = _promoted(x, branch, scale)
     return add_norm(x, branch, **_affine(norm), layer_scale=scale, row_scale=drop)
 
 
 def post_norm_step(
-    x: Tensor, branch: Tensor, norm: nn.Module, drop: Tensor | None, scale: Tensor | None = None
+    x: Tensor, branch: Tensor, norm: nn.Module, *, scale: Tensor | None = None, drop: Tensor | None = None
 ) -> Tensor:
     """x + drop * scale * norm(branch)."""
     affine = _affine(norm)
@@ -149,15 +151,3 @@ def kept_patches(draw: Callable | None, x: Tensor, patches: int, rate: float) ->
     if draw is not None:
         return draw(len(x), patches, keep, x.device)
     return torch.randn(len(x), patches).topk(keep).indices.to(x.device)
-
-
-def joined(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one Linear that computes what these do, one after the other."""
-    if len(linears) == 1:
-        return linears[0].weight, linears[0].bias
-    weight = torch.cat(tuple(linear.weight for linear in linears))
-    if all(linear.bias is None for linear in linears):
-        return weight, None
-    zeros = (weight.new_zeros(linear.out_features) for linear in linears)
-    biases = [zero if linear.bias is None else linear.bias for linear, zero in zip(linears, zeros, strict=True)]
-    return weight, torch.cat(tuple(biases))

@@ -201,7 +201,7 @@ def block_forward(self, q_x, k_x=None, v_x=None, attn_mask=None):
     if k_x is not None or v_x is not None or not bare(self.ln_2) or forwards.altered(self.ls_1):
         return original(self).forward(self, q_x, k_x, v_x, attn_mask)
     branch = self.attention(self.ln_1(q_x), attn_mask=attn_mask)
-    x, y = forwards.pre_norm_step(q_x, branch, self.ln_2, getattr(self.ls_1, "gamma", None), None)
+    x, y = forwards.pre_norm_step(q_x, branch, self.ln_2, scale=getattr(self.ls_1, "gamma", None))
     return x + self.ls_2(self.mlp(y))
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -129,20 +128,18 @@ class Plan:
 
     Args:
         integration: its name, for messages: "integrations.timm".
-        model: the model, or None where only `attribute` is used.
+        model: the model.
 
     Raises:
         TypeError: the model is no `torch.nn.Module`.
         ValueError: it has been replaced before, or a parameter or buffer is on the meta device.
     """
 
-    def __init__(self, integration: str, model: nn.Module | None = None) -> None:
+    def __init__(self, integration: str, model: nn.Module) -> None:
         self.integration, self.model = f"evakernels.{integration}", model
         self._replaced: dict[str, str] = {}
         self._left: dict[str, str] = {}
         self._steps: list[_Step] = []
-        if model is None:
-            return
         if not isinstance(model, nn.Module):
             raise TypeError(f"{self.integration}: the model is a {type(model).__name__}; give a torch.nn.Module")
         for name, module in model.named_modules():
@@ -160,7 +157,6 @@ class Plan:
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of the model, each module once."""
-        assert self.model is not None
         return self.model.named_modules()
 
     def replace(self, name: str, module: nn.Module, by: str, **methods: Callable) -> bool:
@@ -186,11 +182,6 @@ class Plan:
         if hasattr(module, attribute):
             raise ValueError(f"{self.integration}: {name or 'the model'} already has an attribute {attribute!r}")
         self._step(name, module, attribute, value)
-
-    def attribute(self, name: str, owner: ModuleType | type | Any, attribute: str, value: Any, by: str) -> None:
-        """Set an attribute of a Python module, a class or any other object: a function under a global name."""
-        self._replaced[name] = by
-        self._step(name, owner, attribute, value)
 
     def note(self, name: str, by: str) -> None:
         """Report a module as replaced whose work a replaced module around it does."""

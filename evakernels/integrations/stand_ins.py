@@ -192,6 +192,9 @@ class FusedLAMB(_FusedLAMB):
             adapt_excluded=bool(use_nvlamb),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"set_grad_none": self.set_grad_none}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `evakernels.FusedLAMB`; what apex takes for all groups alone may not be a group's."""
         _refuse_options("apex's FusedLAMB", param_group, ("amsgrad", "adam_w_mode", "grad_averaging", "use_nvlamb"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evakernels.integrations import forwards
 from evakernels.integrations.patch import Plan, Report, original, taken
-from evakernels.nn import bare, swiglu_mlp
+from evakernels.nn import bare, joined, swiglu_mlp
 from evakernels.ops.attention import Rope2d, attention_qkvpacked
 from evakernels.ops.swiglu import swiglu, swiglu_norm
 from evakernels.ops.tokens import gather_tokens
@@ -243,7 +243,7 @@ def attention_forward(self, x, rope=None, attn_mask=None, is_causal=False):
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
     else:
-        qkv = F.linear(x, *forwards.joined(*linears))
+        qkv = F.linear(x, *joined(*linears))
     qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
     rotation = None if ids is None else self.evakernels_rope
     positions = ids.flatten(1) if ids is not None and ids.dim() > 2 else None  # (B, 1, K, 1) where patches were dropped
@@ -259,7 +259,7 @@ def block_forward(self, x, *args, **kwargs):
     if not bare(self.norm2) or forwards.altered(self.drop_path1):
         return original(self).forward(self, x, *args, **kwargs)
     branch = self.attn(self.norm1(x), *args, **kwargs)
-    x, y = forwards.pre_norm_step(x, branch, self.norm2, self.gamma_1, _drop(self.drop_path1, branch))
+    x, y = forwards.pre_norm_step(x, branch, self.norm2, scale=self.gamma_1, drop=_drop(self.drop_path1, branch))
     branch = self.mlp(y)
     return x + self.drop_path2(branch if self.gamma_2 is None else self.gamma_2 * branch)
 
@@ -269,7 +269,7 @@ def vit_block_forward(self, x, *args, **kwargs):
         return original(self).forward(self, x, *args, **kwargs)
     branch = self.attn(self.norm1(x), *args, **kwargs)
     scale = getattr(self.ls1, "gamma", None)
-    x, y = forwards.pre_norm_step(x, branch, self.norm2, scale, _drop(self.drop_path1, branch))
+    x, y = forwards.pre_norm_step(x, branch, self.norm2, scale=scale, drop=_drop(self.drop_path1, branch))
     return x + self.drop_path2(self.ls2(self.mlp(y)))
 
 
@@ -277,9 +277,9 @@ def post_norm_block_forward(self, x, *args, **kwargs):
     if not bare(self.norm1, self.norm2) or forwards.altered(self.drop_path1, self.drop_path2):
         return original(self).forward(self, x, *args, **kwargs)
     branch = self.attn(x, *args, **kwargs)
-    x = forwards.post_norm_step(x, branch, self.norm1, _drop(self.drop_path1, branch))
+    x = forwards.post_norm_step(x, branch, self.norm1, drop=_drop(self.drop_path1, branch))
     branch = self.mlp(x)
-    return forwards.post_norm_step(x, branch, self.norm2, _drop(self.drop_path2, branch))
+    return forwards.post_norm_step(x, branch, self.norm2, drop=_drop(self.drop_path2, branch))
 
 
 def _drop(module: nn.Module, branch: Tensor) -> Tensor | None:

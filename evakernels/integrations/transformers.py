@@ -87,7 +87,7 @@ def layer_forward(self, hidden_states, attention_mask=None, **kwargs):
     if not bare(self.layer_norm2):
         return original(self).forward(self, hidden_states, attention_mask, **kwargs)
     branch = self.self_attn(hidden_states=self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)[0]
-    x, y = forwards.pre_norm_step(hidden_states, branch, self.layer_norm2, None, None)
+    x, y = forwards.pre_norm_step(hidden_states, branch, self.layer_norm2)
     return x + self.mlp(y)
 
 
@@ -96,7 +96,7 @@ def eva_layer_forward(self, hidden_states, attention_mask, causal_attention_mask
     if not bare(self.layer_norm2):
         return original(self).forward(self, hidden_states, *masks)
     branch, weights = self.self_attn(self.layer_norm1(hidden_states), *masks)
-    x, y = forwards.pre_norm_step(hidden_states, branch, self.layer_norm2, None, None)
+    x, y = forwards.pre_norm_step(hidden_states, branch, self.layer_norm2)
     x = x + self.mlp(y)
     return (x, weights) if output_attentions else (x,)
 
@@ -106,8 +106,8 @@ def eva_post_norm_layer_forward(self, hidden_states, attention_mask, causal_atte
     if not bare(self.layer_norm1, self.layer_norm2):
         return original(self).forward(self, hidden_states, *masks)
     branch, weights = self.self_attn(hidden_states, *masks)
-    x = forwards.post_norm_step(hidden_states, branch, self.layer_norm1, None)
-    x = forwards.post_norm_step(x, self.mlp(x), self.layer_norm2, None)
+    x = forwards.post_norm_step(hidden_states, branch, self.layer_norm1)
+    x = forwards.post_norm_step(x, self.mlp(x), self.layer_norm2)
     return (x, weights) if output_attentions else (x,)
 
 

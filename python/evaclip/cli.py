@@ -96,6 +96,8 @@ def train(arguments: list[str]) -> int:
     if scale:
         recipe = tiny(recipe)
     recipe = _parse(Recipe, f"evaclip train {name or 'RECIPE'}", rest, recipe)
+    if any(argument.split("=")[0] == "--data.source" for argument in rest):  # also where it is the default
+        recipe = replace(recipe, data=replace(recipe.data, mixture=()))
     if not name:
         raise RecipeError(f"which recipe? Known: {', '.join(recipe_files())}; or a TOML file, or a run's folder")
     if show:

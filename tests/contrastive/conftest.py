@@ -40,7 +40,7 @@ def small_tiles(monkeypatch):
     from evakernels.ops.contrastive import triton
 
     monkeypatch.setattr(triton, "config", lambda *_: triton.Config(32, 64, 32, warps=4, gradient_warps=4, stages=1))
-    monkeypatch.setattr(triton, "chunk", lambda rows, ranks, features: 40)
+    monkeypatch.setattr(triton, "chunk", lambda ranks, features: 40)
     monkeypatch.setattr(triton, "BYTES", 1)
 
 

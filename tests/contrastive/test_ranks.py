@@ -213,7 +213,7 @@ def peak(function):
 def test_peak_memory_is_that_of_the_formula(b, ranks, width, dtype, monkeypatch):
     """The formula of docs/contrastive.md."""
     monkeypatch.setattr(reference, "TILE", 256)
-    monkeypatch.setattr(streamed, "PRODUCT", 256)
+    monkeypatch.setattr(streamed, "ROWS", 256)
     image, text = torch.randn(2, b, width).to(dtype) / 8
     scalars = torch.tensor([10.0, -5.0])
     lay = streamed.laid_out(one_of(ranks), [b] * ranks, b, image)

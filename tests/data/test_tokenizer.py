@@ -1,7 +1,6 @@
 """CLIP's tokenizer against open_clip's, and the closed vocabulary."""
 # ruff: noqa: RUF001 (odd characters are what is tested)
 
-import json
 import random
 import sys
 
@@ -103,19 +102,6 @@ def test_words_get_ids_between_start_and_end():
     assert encode.vocabulary_size == 6
     assert encode(["red blue", "green", ""]).argmax(1).tolist() == [3, 2, 1]  # the end token
     assert encode([]).shape == (0, 5)
-
-
-@pytest.mark.parametrize("saved", [WordTokenizer(["red", "blue"], 4), clip_tokenizer(20)], ids=["words", "clip"])
-def test_a_tokenizer_survives_json(saved):
-    again = get_tokenizer(**json.loads(json.dumps(saved.to_dict())))
-    assert torch.equal(again("red blue"), saved("red blue"))
-    assert (again.context, again.vocabulary_size) == (saved.context, saved.vocabulary_size)
-
-
-def test_from_dict_makes_a_word_tokenizer_and_no_other():
-    assert WordTokenizer.from_dict(WordTokenizer(["a", "b"], 4).to_dict()).words == ("a", "b")
-    with pytest.raises(ValueError, match="'clip' is another tokenizer"):
-        WordTokenizer.from_dict({"spec": "clip", "context": 77})
 
 
 def test_a_spec_names_a_tokenizer():

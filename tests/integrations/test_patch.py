@@ -133,19 +133,6 @@ def test_a_module_decided_twice_is_changed_once_and_undone(model):
     assert everything(model) == before
 
 
-def test_attributes_of_other_objects_are_set_and_restored():
-    class Global:
-        function = "theirs"
-
-    plan = Plan("integrations.some")
-    plan.attribute("Global.function", Global, "function", "ours", "ours")
-    plan.attribute("Global.other", Global, "other", 1, "ours")
-    report = plan.carry_out("it")
-    assert (Global.function, Global.other) == ("ours", 1)
-    report.undo()
-    assert Global.function == "theirs" and not hasattr(Global, "other")
-
-
 def test_wrong_uses_are_explained(model):
     with pytest.raises(TypeError, match=r"integrations\.some: the model is a str; give a torch\.nn\.Module"):
         replaced("model")

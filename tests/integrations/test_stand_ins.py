@@ -1,5 +1,6 @@
 """The stand-ins: importable only where asked for, the same numbers, and words for what they do not cover."""
 
+import copy
 import importlib
 import sys
 import types
@@ -236,6 +237,11 @@ def test_apexs_zero_grad_keeps_zeros_when_told():
     p.grad = torch.ones(2)
     stand_ins.FusedLAMB([p], set_grad_none=False).zero_grad()
     assert p.grad is not None and not p.grad.any()
+    copied = copy.deepcopy(stand_ins.FusedLAMB([p], set_grad_none=False))
+    (q,) = copied.param_groups[0]["params"]
+    q.grad = torch.ones(2)
+    copied.zero_grad()
+    assert q.grad is not None and not q.grad.any()
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,26 @@ def test_attention_calls_what_was_hooked_or_exchanged(fused, part):
     assert not torch.allclose(ours(x), twin(x))
 
 
+@pytest.mark.parametrize("bare", ["w1", "w2", "w3"])
+def test_swiglu_takes_layers_with_a_bias_and_without(bare):
+    ours, x = scrambled(ek.nn.SwiGLU(12, 11)), normal(3, 12)
+    getattr(ours, bare).bias = None
+    torch.testing.assert_close(ours(x), ours.w3(ours.ffn_ln(F.silu(ours.w1(x)) * ours.w2(x))), **ROUNDING)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("parts", [("qkv",), ("q_proj",), ("k_proj", "v_proj")])
+def test_attention_adds_the_biases_of_exchanged_projections(parts, own):
+    """As it does where hooks make it call them."""
+    fused = parts == ("qkv",)
+    ours, x = scrambled(ek.nn.Attention(64, 2, qkv_fused=fused, qkv_bias=own, inner_norm=False)), normal(2, 5, 64)
+    for part in parts:
+        setattr(ours, part, scrambled(torch.nn.Linear(64, 192 if fused else 64)))
+    called = copy.deepcopy(ours)
+    getattr(called, parts[0]).register_forward_hook(lambda module, inputs, output: None)
+    torch.testing.assert_close(ours(x), called(x), **ROUNDING)
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_derivatives_by_torch_func_are_refused_not_zero(recorded):
     x, w, func = torch.randn(3, 8), torch.ones(8), torch.func

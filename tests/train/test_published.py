@@ -100,6 +100,18 @@ def test_print_names_no_source_beside_a_mixture():
     assert "\nsource" not in resolved(load_recipe("EVA-CLIP-8B")) and "\nsource" in resolved(load_recipe("digits"))
 
 
+def test_a_source_on_the_command_line_takes_the_mixtures_place(capsys):
+    assert (
+        main(["train", "EVA02-CLIP-L-14", "--print"])
+        == main(["train", "EVA02-CLIP-L-14", "--data.source", "x", "--print"])
+        == 0
+    )
+    before = capsys.readouterr().out
+    assert "mixture = [{" in before and 'source = "x"\nmixture = []' in before
+    assert main(["train", "EVA02-CLIP-L-14", "--data.source=digits", "--print"]) == 0
+    assert 'source = "digits"\nmixture = []' in capsys.readouterr().out
+
+
 def test_print_tells_what_follows():
     text = resolved(load_recipe("EVA-CLIP-18B"))
     assert "17,630,494,720 parameters" in text

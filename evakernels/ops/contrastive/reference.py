@@ -50,7 +50,7 @@ def sigmoid_with_gradients(image, text, scale, bias, group, sizes, wants_image, 
     return streamed.sigmoid_loss(TILES, image, text, scale, bias, group, sizes, (wants_image, wants_text))
 
 
-def chunk(rows: int, ranks: int, features: Tensor) -> int:
+def chunk(ranks: int, features: Tensor) -> int:
     """How many texts of each rank to gather at once: a tile's, so that own pairs are in tiles on the diagonal. All of
     them where nothing is gathered."""
     return TILE if ranks > 1 else max(1, len(features))

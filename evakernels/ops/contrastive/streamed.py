@@ -13,7 +13,7 @@ FLOP per rank, with b of B samples: 8 b B D (6 for the sigmoid loss). The gradie
 backward has no collective, and nothing but the gradients is kept for it.
 
 What computes a chunk are four functions of a module `tiles` (`reference`, `triton`): `positives`, `statistics`,
-`contrastive_gradients`, `sigmoid_gradients`, and the size of a chunk, `chunk`. Where it has a true `PRODUCT`,
+`contrastive_gradients`, `sigmoid_gradients`, and the size of a chunk, `chunk`. Where it has a true `RETURNS_PRODUCT`,
 `contrastive_gradients` returns <dS, S - rows.middle>, and the sum over all ranks is <dS, S>, because that of dS is 0:
 the gradient of the scale is made of it. Elsewhere it is made of <image, dimage>.
 """
@@ -32,7 +32,7 @@ from evakernels.ops.contrastive.ranks import Grid, Line, Wait, grid
 # Whether to compute the gradient of the scale from the texts too, and raise where the two differ: for tests.
 CHECK_SCALE = False
 
-PRODUCT = 2048  # rows of features that are multiplied by their gradients at once
+ROWS = 2048  # rows of features that are multiplied by their gradients at once
 
 
 class Segment(NamedTuple):
@@ -51,7 +51,7 @@ class Side(NamedTuple):
     positive: Any = None  # (n,) each sample's own logit
     maximum: Any = None  # (n,) of the whole row (column) of S, and the sum of exp(S - maximum): in the second pass
     total: Any = None
-    middle: Any = None  # the mean of all samples' own logits, where `tiles` has a PRODUCT
+    middle: Any = None  # the mean of all samples' own logits, where `tiles` has a RETURNS_PRODUCT
 
     def places(self) -> Tensor:
         """(n,) int32: where in the whole batch each sample is."""
@@ -271,7 +271,7 @@ def contrastive(
     wide = widened(scale, image, text)
     if not lay.samples:
         return wide.new_zeros(()), wide.new_zeros(2), *no_gradients(image, text, wide, wants)
-    chunk = tiles.chunk(sum(lay.row_sizes), lay.columns.size, image)
+    chunk = tiles.chunk(lay.columns.size, image)
     columns = Columns(lay, text, chunk, keep=wants is not None)
     columns.gather(0)
     own = tiles.positives(image, text, wide)
@@ -296,7 +296,7 @@ def contrastive(
     rows = rows._replace(maximum=by_row.maximum, total=by_row.total, middle=middle)
     share = 0.5 / lay.samples
 
-    product = wide.new_zeros((), dtype=torch.float64) if getattr(tiles, "PRODUCT", False) else None
+    product = wide.new_zeros((), dtype=torch.float64) if getattr(tiles, "RETURNS_PRODUCT", False) else None
 
     def gradients(k: int, side: Side, dimage: Tensor | None, dtext: Tensor | None) -> None:
         side = side._replace(maximum=by_column[k].maximum, total=by_column[k].total)
@@ -322,7 +322,7 @@ def sigmoid(
     if not lay.samples:
         none = no_gradients(image, text, wide, wants)
         return (wide.new_zeros(()), *none, wide.new_zeros(())) if none else wide.new_zeros(())
-    chunk = tiles.chunk(sum(lay.row_sizes), lay.columns.size, image)
+    chunk = tiles.chunk(lay.columns.size, image)
     columns = Columns(lay, text, chunk, keep=False)
     columns.gather(0)
     rows = row_side(lay, image)
@@ -419,7 +419,7 @@ def backpropagated(
 
 def multiplied(features: Tensor, gradient: Tensor) -> Tensor:
     """<features, gradient>, some rows at a time: what is made on the way stays small."""
-    parts = zip(features.split(PRODUCT), gradient.split(PRODUCT), strict=True)
+    parts = zip(features.split(ROWS), gradient.split(ROWS), strict=True)
     return torch.stack([(x.to(dx.dtype) * dx).sum() for x, dx in parts]).sum()
 
 

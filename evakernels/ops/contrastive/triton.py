@@ -33,7 +33,7 @@ COLUMNS = 16384
 # for each element of W and 8 D for each of its rows and columns; for 4096 x 16384 in 16 bits at D = 1024 that makes 720
 # FLOP for a byte, and an H100 does 300 in the time of one.
 BYTES = 128 << 20
-PRODUCT = True  # `contrastive_gradients` returns it
+RETURNS_PRODUCT = True  # `contrastive_gradients` returns it
 # float16 has its 11 bits from 6e-5 on, and weights are about 2 / n; they are at most 2.
 HALF_SCALE = 2.0**14
 
@@ -62,7 +62,7 @@ def config(itemsize: int, capability: tuple[int, int]) -> Config:
     return Config(128, 128, k, warps=4, gradient_warps=8, stages=stages)
 
 
-def chunk(rows: int, ranks: int, features: Tensor) -> int:
+def chunk(ranks: int, features: Tensor) -> int:
     """How many texts of each rank to gather at once: `COLUMNS` of all ranks, in whole tiles."""
     return max(128, COLUMNS // ranks // 128 * 128)
 

@@ -27,6 +27,8 @@ class FusedLAMB(Optimizer):
     the same on every rank: norms and trust ratios are those of the whole tensors, by two packed all-reduces over the
     dimensions that shard them. State then has the parameter's placement.
 
+    A group without weight decay takes plain Adam steps, without a trust ratio, unless `adapt_excluded` is True.
+
     EVA-CLIP's own optimizer file (NVIDIA's variant, also timm's): `max_grad_norm=1.0` and the defaults. DeepSpeed's,
     which trained the published weights: `bias_correction="step_size"`, `trust_ratio_bounds=(0.01, 10)`,
     `adapt_excluded=True`, `trust=("shard", R)` with R the number of data-parallel ranks.
@@ -52,10 +54,10 @@ class FusedLAMB(Optimizer):
 
     Parameters without a gradient are skipped (slices are cut as if they were not there), on all ranks alike; gradients
     are left as they are. `GradScaler` is served without waiting for the device. `optimizer.trust_ratios` are the
-    smallest and the largest trust ratio of the last step, a tensor of two on the device; 0 where it was skipped or
-    had none. A parameter's state is `step`, `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16;
-    loading keeps their dtypes and copies them. Who changes such a parameter between steps (clamps it, loads weights)
-    must change `optimizer.state[p]["master"]`, from which it is rounded, or delete it: it is then made anew.
+    smallest and the largest trust ratio of the last step, a tensor of two on the device; 0 where it was skipped or had
+    none. A parameter's state is `step`, `exp_avg`, `exp_avg_sq`, and `master` where it is bfloat16 or float16; loading
+    keeps their dtypes and copies them. Code that changes such a parameter between steps (clamps it, loads weights) must
+    also change `optimizer.state[p]["master"]`, from which it is rounded, or delete it: it is then made anew.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit.
@@ -75,7 +77,7 @@ class FusedLAMB(Optimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.01,
         *,
         max_grad_norm: float | None = None,
         trust_ratio_bounds: tuple[float, float] | None = None,
@@ -179,7 +181,7 @@ class FusedLAMB(Optimizer):
         """
         last: dict[str, Any] = {}
         # PyTorch casts floating state to the parameter's dtype. The tensors are taken again from what the caller's
-        # hooks have made of the state dict, before his other hooks see the result.
+        # hooks have made of the state dict, before the caller's other hooks see the result.
         handles = (
             self.register_load_state_dict_pre_hook(lambda _, loaded: last.update(self._checked(loaded))),
             self.register_load_state_dict_post_hook(lambda _: self._take_over(last), prepend=True),

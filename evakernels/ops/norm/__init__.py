@@ -213,32 +213,32 @@ def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty((0,) if rms else x.shape[:-1], dtype=acc), x.new_empty(x.shape[:-1], dtype=acc)
 
 
-def _contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
 def _optional(wanted: bool, like: Tensor) -> Tensor:
-    return _contiguous(like) if wanted else like.new_empty(0)
+    return _empty_like(like) if wanted else like.new_empty(0)
 
 
 _norm_op = define(
     "norm",
     "norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms, ScalarType dtype)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
-    lambda x, weight, bias, eps, rms, dtype: (_contiguous(x, dtype), *_statistics(x, rms)),
+    lambda x, weight, bias, eps, rms, dtype: (_empty_like(x, dtype), *_statistics(x, rms)),
 )
 _norm_backward = define(
     "norm",
     "norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    lambda dy, x, weight, mean, rstd, bias: (_contiguous(x), _contiguous(weight), _optional(bias, weight)),
+    lambda dy, x, weight, mean, rstd, bias: (_empty_like(x), _empty_like(weight), _optional(bias, weight)),
 )
 _add_norm = define(
     "norm",
     "add_norm(Tensor residual, Tensor branch, Tensor weight, Tensor? bias, float eps, bool rms,"
     " Tensor? layer_scale, Tensor? row_scale, ScalarType dtype) -> (Tensor sum, Tensor y, Tensor mean, Tensor rstd)",
     lambda residual, branch, weight, bias, eps, rms, layer_scale, row_scale, dtype: (
-        *(_contiguous(residual), _contiguous(residual, dtype)),
+        *(_empty_like(residual), _empty_like(residual, dtype)),
         *_statistics(residual, rms),
     ),
 )
@@ -249,13 +249,13 @@ _add_norm_backward = define(
     " Tensor? layer_scale, Tensor? row_scale, bool bias, ScalarType branch_dtype)"
     " -> (Tensor dresidual, Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
     lambda dsum, dy, total, branch, weight, mean, rstd, layer_scale, row_scale, bias, branch_dtype: (
-        _contiguous(total),
+        _empty_like(total),
         total.new_empty(
             (0,) if layer_scale is None and row_scale is None and branch_dtype == total.dtype else total.shape,
             dtype=branch_dtype,
         ),
-        *(_contiguous(weight), _optional(bias, weight)),
-        _contiguous(layer_scale) if layer_scale is not None else _empty(total),
+        *(_empty_like(weight), _optional(bias, weight)),
+        _empty_like(layer_scale) if layer_scale is not None else _empty(total),
     ),
 )
 _norm_add = define(
@@ -263,7 +263,7 @@ _norm_add = define(
     "norm_add(Tensor residual, Tensor branch, Tensor weight, Tensor? bias, float eps, bool rms,"
     " Tensor? layer_scale, Tensor? row_scale) -> (Tensor out, Tensor mean, Tensor rstd)",
     lambda residual, branch, weight, bias, eps, rms, layer_scale, row_scale: (
-        _contiguous(residual),
+        _empty_like(residual),
         *_statistics(branch, rms),
     ),
 )
@@ -272,8 +272,8 @@ _norm_add_backward = define(
     "norm_add_backward(Tensor dout, Tensor branch, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd,"
     " Tensor? layer_scale, Tensor? row_scale) -> (Tensor dbranch, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
     lambda dout, branch, weight, bias, mean, rstd, layer_scale, row_scale: (
-        *(_contiguous(branch), _contiguous(weight), _optional(bias is not None, weight)),
-        _contiguous(layer_scale) if layer_scale is not None else _empty(branch),
+        *(_empty_like(branch), _empty_like(weight), _optional(bias is not None, weight)),
+        _empty_like(layer_scale) if layer_scale is not None else _empty(branch),
     ),
 )
 

@@ -138,7 +138,7 @@ class _SwigluPacked(torch.autograd.Function):
         return dgate_up, dweight if weight is not None else None, dbias if ctx.bias else None, None, None
 
 
-def _contiguous(x: Tensor) -> Tensor:
+def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -149,21 +149,21 @@ def _statistics(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _weight_gradients(x: Tensor, weight: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
     like = weight if weight is not None else x.new_empty(0)
-    return _contiguous(like), _contiguous(like) if bias else like.new_empty(0)
+    return _empty_like(like), _empty_like(like) if bias else like.new_empty(0)
 
 
 # Without a weight there is no norm: statistics and weight gradients are then empty.
 _swiglu = define(
     "swiglu",
     "swiglu(Tensor gate, Tensor up, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-    lambda gate, up, weight, bias, eps: (_contiguous(gate), *_statistics(gate, weight)),
+    lambda gate, up, weight, bias, eps: (_empty_like(gate), *_statistics(gate, weight)),
 )
 _swiglu_backward = define(
     "swiglu",
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor? weight, Tensor mean, Tensor rstd, bool bias)"
     " -> (Tensor dgate, Tensor dup, Tensor dweight, Tensor dbias)",
     lambda dy, gate, up, weight, mean, rstd, bias: (
-        *(_contiguous(gate), _contiguous(up)),
+        *(_empty_like(gate), _empty_like(up)),
         *_weight_gradients(gate, weight, bias),
     ),
 )
@@ -181,7 +181,7 @@ _swiglu_packed_backward = define(
     "swiglu_packed_backward(Tensor dy, Tensor gate_up, Tensor? weight, Tensor mean, Tensor rstd, bool bias,"
     " SymInt width) -> (Tensor dgate_up, Tensor dweight, Tensor dbias)",
     lambda dy, gate_up, weight, mean, rstd, bias, width: (
-        _contiguous(gate_up),
+        _empty_like(gate_up),
         *_weight_gradients(gate_up, weight, bias),
     ),
 )

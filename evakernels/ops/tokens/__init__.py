@@ -82,7 +82,7 @@ def gather_tokens(x: Tensor, kept: Tensor, *, prefix_tokens: int = 1) -> Tensor:
 
     Raises:
         ValueError: a shape or device does not fit; on the CPU also: an id lies outside 0 ... patches - 1, or (in the
-            backward pass) occurs twice. On CUDA such ids are clamped.
+            backward pass) occurs twice. On CUDA the first are clamped, the second get the gradient of one occurrence.
         TypeError: `kept` has no integer dtype.
 
     Source: Li et al., Scaling Language-Image Pre-training via Masking (FLIP), arXiv 2212.00794.
@@ -115,7 +115,7 @@ def patchify(images: Tensor, patch: int | tuple[int, int], kept: Tensor | None =
 
     Raises:
         ValueError: a shape or device does not fit; on the CPU also: an id lies outside 0 ... patches - 1, or (in the
-            backward pass) occurs twice. On CUDA such ids are clamped.
+            backward pass) occurs twice. On CUDA the first are clamped, the second get the gradient of one occurrence.
         TypeError: `kept` has no integer dtype.
     """
     function = "patchify"

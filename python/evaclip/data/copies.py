@@ -39,7 +39,9 @@ class Copies:
         self.folder, self.room = folder, room
 
     def use(self, url: str, function: Callable[[Path], Any]) -> Any:
-        """A function of a shard's copy, made now if there is none; what it has opened it may go on reading.
+        """Call a function with the path of a shard's copy, made now if there is none.
+
+        A file that it opens stays readable when the copy is removed.
 
         Raises:
             DataError: the command failed several times; the message has its last words.

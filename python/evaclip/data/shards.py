@@ -137,7 +137,7 @@ class Shards:
         return f"{self.urls[shard]}: {sample.key}"
 
     def _use(self, shard: int, function: Callable[[Path], Any]) -> Any:
-        """A function of a shard's file, which is copied if it has to be."""
+        """Call a function with the path of a shard's file, or of its copy, made now if need be."""
         url = self.urls[shard]
         return self.copies.use(url, function) if is_remote(url) else function(Path(url))
 

@@ -4,7 +4,6 @@ import html
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +35,6 @@ class ClipTokenizer:
             return torch.zeros(0, self.context, dtype=torch.long)
         ids = _byte_pairs().tokenize_batch([_clean(c) for c in captions], context_length=self.context)
         return torch.from_numpy(ids.astype("int64"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments with which `get_tokenizer` makes this tokenizer again; plain enough for JSON."""
-        return {"spec": "clip", "context": self.context}
 
 
 class WordTokenizer:
@@ -95,18 +90,6 @@ class WordTokenizer:
                 )
             rows.append([self.start, *ids, self.end] + [0] * (self.context - 2 - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments with which `get_tokenizer` makes this tokenizer again; plain enough for JSON."""
-        return {"spec": "words:" + " ".join(self.words), "context": self.context}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> "WordTokenizer":
-        """The tokenizer that `to_dict` described."""
-        tokenizer = get_tokenizer(**saved)
-        if not isinstance(tokenizer, cls):
-            raise ValueError(f"WordTokenizer.from_dict: {saved['spec']!r} is another tokenizer; use get_tokenizer")
-        return tokenizer
 
 
 def clip_tokenizer(context: int = 77) -> ClipTokenizer:

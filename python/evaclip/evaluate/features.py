@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from evaclip.models.blocks import normalize
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -65,11 +66,6 @@ def encode_texts(model: Any, tokenizer: Tokenizer, texts: Sequence[str], *, batc
         return torch.cat([_unit(model.encode_text(batch.to(device)), "text") for batch in ids])
 
 
-def normalised(features: Tensor) -> Tensor:
-    """Rows of unit length, computed in float32 at least."""
-    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
-
-
 def scores(features: Tensor, others: Tensor) -> Tensor:
     """Inner products (n, m) of features (n, E) and (m, E), in their own dtype even under autocast."""
     with torch.autocast(features.device.type, enabled=False):
@@ -79,7 +75,7 @@ def scores(features: Tensor, others: Tensor) -> Tensor:
 def _unit(features: Tensor, what: str) -> Tensor:
     if not torch.isfinite(features).all():  # a comparison with NaN is false, which a recall would take for a hit
         raise ValueError(f"the model's {what} features are not finite; its weights are broken or a dtype overflows")
-    return normalised(features)
+    return normalize(features)
 
 
 def _placement(model: Any) -> tuple[torch.device | None, torch.dtype | None]:

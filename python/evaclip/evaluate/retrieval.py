@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from evaclip.evaluate.features import normalised, scores
+from evaclip.evaluate.features import scores
+from evaclip.models.blocks import normalize
 
 AT = (1, 5, 10)
 
@@ -31,7 +32,7 @@ def retrieval(
         ValueError: shapes do not fit, an index is no image, an image has no text, or features are not finite.
     """
     _check(image_features, text_features, image_of_text)
-    images, texts = normalised(image_features), normalised(text_features)
+    images, texts = normalize(image_features), normalize(text_features)
     owner = image_of_text.to(images.device, torch.long)
     found = (
         _ranks_of_images(images, texts, owner, scores_at_once // len(texts)),

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaclip.evaluate.features import Tokenizer, encode_images, encode_texts, normalised, scores
+from evaclip.evaluate.features import Tokenizer, encode_images, encode_texts, scores
 from evaclip.evaluate.templates import TEMPLATES, check
+from evaclip.models.blocks import normalize
 
 
 def classifier(
@@ -46,7 +47,7 @@ def classifier(
         names = class_names[start : start + at_once]
         texts = [template.replace("{}", name) for name in names for template in templates]
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
-        columns.append(normalised(features.unflatten(0, (len(names), len(templates))).mean(1)))
+        columns.append(normalize(features.unflatten(0, (len(names), len(templates))).mean(1)))
     return torch.cat(columns).T.contiguous()
 
 

@@ -85,7 +85,7 @@ def _override(tower: VisionConfig | TextConfig, which: str, changes: dict[str, A
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    """A question; capitals, and dashes or underscores, tell words as little apart as people do."""
+    """The question " (did you mean ...?)", or nothing; case does not count, nor whether a dash is an underscore."""
     plain = {one.casefold().replace("_", "-"): one for one in known}
     matches = difflib.get_close_matches(word.casefold().replace("_", "-"), plain, n=3, cutoff=0.5)
     return f" (did you mean {', '.join(repr(plain[match]) for match in matches)}?)" if matches else ""

@@ -70,7 +70,7 @@ def save(run: Path, recipe: Recipe, state: dict[str, Any], ranks: Ranks) -> None
         torch.save(state["trainer"], partial / TRAINER)
         if "weights" in state:
             as_new(partial / WEIGHTS)
-        for path in partial.rglob("*"):
+        for path in (*partial.rglob("*"), partial):
             flush(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)  # the name appears only when the content is complete

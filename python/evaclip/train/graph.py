@@ -34,7 +34,7 @@ class Graphed:
 
     def __init__(self, step: Step, device: torch.device):
         self.step, self.optimizer, self.groups = step, step.optimizer, step.optimizer.param_groups
-        self.stream = torch.cuda.Stream(device)  # to warm up and capture on, which the default stream cannot serve for
+        self.stream = torch.cuda.Stream(device)  # nothing can be captured on the default stream
         self.numbers = torch.zeros(1 + len(self.groups), device=device)
         self.inputs: tuple = ()
         self.taken = 0  # with inputs of these shapes

@@ -20,9 +20,9 @@ BACKEND = "inductor"  # of torch.compile
 
 
 def spread(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) -> nn.Module:
-    """The module to call for features whose gradients are averaged over all processes, of a model as `shard` left it.
+    """The module to call for features: a model that `shard` has seen, in DDP where `compute.parallel` says so.
 
-    Blocks are compiled now, if they are to be.
+    Its gradients are averaged over all processes. Blocks are compiled now, if they are to be.
     """
     if compute.compile:
         compile_blocks(model)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from evaclip.data.common import share
 from evaclip.device import pick_device
 
 
@@ -27,14 +28,14 @@ class Ranks(NamedTuple):
 
     def share(self, batch: int) -> slice:
         """This process's samples of a batch, shares differing by at most one."""
-        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
+        return share(batch, self.rank, self.world)
 
     def sizes(self, batch: int) -> list[int] | None:
         """The sizes of all shares, None where there is one process."""
         if self.group is None:
             return None
-        shares = (self._replace(rank=rank).share(batch) for rank in range(self.world))
-        return [share.stop - share.start for share in shares]
+        parts = (share(batch, rank, self.world) for rank in range(self.world))
+        return [part.stop - part.start for part in parts]
 
     def worst(self, code: int, device: torch.device) -> int:
         """The largest of a number over all processes: how they agree to stop, say."""
@@ -55,11 +56,6 @@ class Ranks(NamedTuple):
             values *= self.world
             dist.all_gather_object(values, value, self.group)
         return values
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.group is not None:
-            dist.barrier(self.group)
 
 
 ALONE = Ranks()

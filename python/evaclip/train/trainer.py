@@ -116,6 +116,8 @@ class Trainer:
             if saved != self.step:
                 self.save()
             self.writer.wait()
+        except (DataError, checkpoint.CheckpointError):
+            raise
         except RuntimeError as error:
             raise lost(self.ranks, error, checkpoint.checkpoints(self.folder)) or error from None
         finally:
@@ -140,7 +142,7 @@ class Trainer:
         self.waited = time.perf_counter() - began
         kept, scale = self._kept(len(images)), self.scale.value
         tensors = self.take(images, ids, kept, scale, self._stage(self.step).micro_batches)
-        values = torch.stack([value.float() for value in tensors.values()]).tolist()  # the step's only wait for a GPU
+        values = torch.stack([value.float() for value in tensors.values()]).tolist()  # what waits for the GPU
         metrics: dict = dict(zip(tensors, values, strict=True))
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
         overflow = broken == ["grad_norm"] and self.scale.can_shrink

@@ -31,7 +31,7 @@ class LoadReport:
     ignored: tuple[str, ...] = ()  # keys of rotary tables, which the model computes
     unused: tuple[str, ...] = ()  # what the file holds and the model, or the part asked for, does not
     kept: tuple[str, ...] = ()  # what the model kept as it was
-    initialised: tuple[str, ...] = ()  # what the file lacks and the dialect tells
+    initialised: tuple[str, ...] = ()  # what the file lacks, set to what its dialect implies
     resized: tuple[str, ...] = ()  # "key (shape) to (shape)", interpolated
 
     def __str__(self) -> str:
