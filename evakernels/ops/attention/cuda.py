@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from evakernels import native
+from evakernels.ops.attention.buffers import aligned, operators
 
 HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 112, 128)  # csrc/attention/select.hpp
 MOST_PATCHES = 1 << 20  # csrc/common/rope.hpp
@@ -30,50 +31,19 @@ def refuses(op: str, *args) -> str | None:
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *options):
-    out = q.new_empty(q.shape)
-    return out, _forward(q, k, v, out, *options)
-
-
-def attention_qkvpacked(qkv: Tensor, *options):
-    q, k, v = qkv.unbind(2)
-    out = qkv.new_empty(q.shape)
-    return out, _forward(q, k, v, out, *options)
-
-
-def attention_backward(dout, q, k, v, out, lse, *options):
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    _backward(dout, q, k, v, out, lse, dq, dk, dv, *options)
-    return dq, dk, dv
-
-
-def attention_qkvpacked_backward(dout, qkv, out, lse, *options):
-    dqkv = qkv.new_empty(qkv.shape)
-    _backward(dout, *qkv.unbind(2), out, lse, *dqkv.unbind(2), *options)
-    return dqkv
-
-
 def _forward(q, k, v, out, *options) -> Tensor:
     batch, tokens, heads, _ = q.shape
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     if batch and heads:
-        _call("attention_forward", [*map(_aligned, (q, k, v)), out], lse, *options)
+        _call("attention_forward", [*map(aligned, (q, k, v)), out], lse, *options)
     return lse
 
 
 def _backward(dout, q, k, v, out, lse, dq, dk, dv, *options) -> None:
     if q.shape[0] and q.shape[2]:
         # Addresses say nothing of dtypes and strides: what a caller of the operator gives is made what kernels read.
-        inputs = map(_aligned, (q, k, v, out, dout.to(q.dtype)))
+        inputs = map(aligned, (q, k, v, out, dout.to(q.dtype)))
         _call("attention_backward", [*inputs, dq, dk, dv], lse.contiguous(), *options)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Rows of neighbouring channels that begin at multiples of 16 bytes; a copy where they do not."""
-    batch, token, head, channel = x.stride()
-    if channel == 1 and (batch | token | head) % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _call(name: str, tensors: list[Tensor], lse: Tensor, rows, columns, positions, prefix, interleaved, causal, scale):
@@ -91,3 +61,6 @@ def _call(name: str, tensors: list[Tensor], lse: Tensor, rows, columns, position
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+attention, attention_backward, attention_qkvpacked, attention_qkvpacked_backward = operators(_forward, _backward)

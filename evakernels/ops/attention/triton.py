@@ -8,6 +8,7 @@ from torch import Tensor
 
 from evakernels import jit, native
 from evakernels.ops.attention import triton_kernels
+from evakernels.ops.attention.buffers import aligned, operators
 
 MOST_PATCHES = (1 << 31) - 1
 
@@ -27,32 +28,9 @@ def refuses(op: str, *args) -> str | None:
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *options):
-    out = q.new_empty(q.shape)
-    return out, _forward(q, k, v, out, *options)
-
-
-def attention_qkvpacked(qkv: Tensor, *options):
-    q, k, v = qkv.unbind(2)
-    out = qkv.new_empty(q.shape)
-    return out, _forward(q, k, v, out, *options)
-
-
-def attention_backward(dout, q, k, v, out, lse, *options):
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    _backward(dout, q, k, v, out, lse, dq, dk, dv, *options)
-    return dq, dk, dv
-
-
-def attention_qkvpacked_backward(dout, qkv, out, lse, *options):
-    dqkv = qkv.new_empty(qkv.shape)
-    _backward(dout, *qkv.unbind(2), out, lse, *dqkv.unbind(2), *options)
-    return dqkv
-
-
 def apply_rope(x, rows, columns, positions, prefix, interleaved, conjugate):
     turned = x.new_empty(x.shape)
-    _turn([_aligned(x)], [turned], _rotation(x, rows, columns, positions, prefix, interleaved), True, conjugate)
+    _turn([aligned(x)], [turned], _rotation(x, rows, columns, positions, prefix, interleaved), True, conjugate)
     return turned
 
 
@@ -173,7 +151,7 @@ def _forward(q, k, v, out, *options) -> Tensor:
         return _forward(-q, k, v, out, *rotation, causal, -scale)
     batch, tokens, heads, head_dim = q.shape
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    q, k, v = map(_aligned, (q, k, v))
+    q, k, v = map(aligned, (q, k, v))
     turning, rotated = _rotation(q, *rotation), rotation[0] is not None
     plan = forward_plan(tokens, head_dim, q.element_size(), rotated, device_of(q))
     if rotated and not plan.turns:
@@ -198,7 +176,7 @@ def _backward(dout, q, k, v, out, lse, dq, dk, dv, *options) -> None:
         dq.neg_()
         return
     batch, tokens, heads, head_dim = q.shape
-    q, k, v, dout = map(_aligned, (q, k, v, dout.to(q.dtype)))
+    q, k, v, dout = map(aligned, (q, k, v, dout.to(q.dtype)))
     out, lse = out.contiguous(), lse.contiguous()
     turning, rotated = _rotation(q, *rotation), rotation[0] is not None
     shape = tokens, head_dim, q.element_size(), rotated, device_of(q)
@@ -271,9 +249,4 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride // 8 for x in tensors for stride in x.stride()[:3])
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Rows of neighbouring channels that begin at multiples of 16 bytes; a copy where they do not."""
-    batch, token, head, channel = x.stride()
-    if channel == 1 and (batch | token | head) % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+attention, attention_backward, attention_qkvpacked, attention_qkvpacked_backward = operators(_forward, _backward)

@@ -1,9 +1,9 @@
 """SwiGLU and the LayerNorm after it by the compiled kernels (`csrc/swiglu/`)."""
 
-import torch
 from torch import Tensor
 
 from evakernels import native
+from evakernels.ops.swiglu.buffers import operators
 
 
 def refuses(op: str, *args) -> str | None:
@@ -21,54 +21,6 @@ def refuses(op: str, *args) -> str | None:
     if weight is not None and args[weight] is not None:
         return native.row_refusal(len(args[weight]), 2, tensors[0])
     return None
-
-
-def swiglu(gate: Tensor, up: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-    y, (mean, rstd) = gate.new_empty(gate.shape), _statistics(gate, weight)
-    _forward(_rows(gate), _rows(up), weight, bias, y, mean, rstd, eps, gate.shape[-1])
-    return y, mean, rstd
-
-
-def swiglu_backward(dy, gate, up, weight, mean, rstd, bias: bool):
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    dweight, dbias = _weight_gradients(gate, weight, bias)
-    _backward(
-        *(_rows(dy.to(gate.dtype)), _rows(gate), _rows(up), weight, mean, rstd),
-        *(_rows(dgate), _rows(dup), dweight, dbias, gate.shape[-1]),
-    )
-    return dgate, dup, dweight, dbias
-
-
-def swiglu_packed(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, width: int):
-    y = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-    gate, up = _rows(gate_up).chunk(2, -1)
-    mean, rstd = _statistics(gate_up, weight)
-    _forward(gate, up, weight, bias, y, mean, rstd, eps, width)
-    return y, mean, rstd
-
-
-def swiglu_packed_backward(dy, gate_up, weight, mean, rstd, bias: bool, width: int):
-    dgate_up = gate_up.new_empty(gate_up.shape)
-    dweight, dbias = _weight_gradients(gate_up, weight, bias)
-    (gate, up), (dgate, dup) = _rows(gate_up).chunk(2, -1), _rows(dgate_up).chunk(2, -1)
-    _backward(_rows(dy.to(gate_up.dtype)), gate, up, weight, mean, rstd, dgate, dup, dweight, dbias, width)
-    return dgate_up, dweight, dbias
-
-
-def _statistics(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape = x.shape[:-1] if weight is not None else (0,)
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
-
-
-def _weight_gradients(x: Tensor, weight: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
-    like = weight if weight is not None else x.new_empty(0)
-    return like.new_empty(like.shape), like.new_empty(like.shape if bias else 0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(rows, columns) with neighbouring columns side by side; copied where no view of `x` is so."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _with_pitch(*rows: Tensor):
@@ -99,7 +51,11 @@ def _backward(dy, gate, up, weight, mean, rstd, dgate, dup, dweight, dbias, widt
     multiprocessors = native.multiprocessors(gate.device)
     blocks = native.compiled(gate).swiglu_blocks(rows, padded, multiprocessors) if weight is not None else 0
     native.call(
-        *("swiglu_backward", gate, native.DTYPES[gate.dtype], rows, width, padded, *_with_pitch(dy, gate, up)),
+        *("swiglu_backward", gate, native.DTYPES[gate.dtype], rows, width, padded),
+        *_with_pitch(dy.to(gate.dtype), gate, up),
         *(*_with_dtype(weight), mean.contiguous(), rstd.contiguous(), dgate, dup, dgate.stride(0)),
         *(dweight, dbias if dbias.numel() else None, mean.new_empty(blocks, 2, width), multiprocessors),
     )
+
+
+swiglu, swiglu_backward, swiglu_packed, swiglu_packed_backward = operators(_forward, _backward)

@@ -6,7 +6,6 @@ Everything between load and store is float32; the product is never stored. Rows 
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from evakernels import jit, native
 from evakernels.ops import rows as tiles
 from evakernels.ops.rows import inverse_root, of_columns, of_rows, row_mean
+from evakernels.ops.swiglu.buffers import operators
 
 SUMMED = 4096  # columns of a row whose two sums the registers of 16 warps hold beside gate, up and dy
 
@@ -136,52 +136,6 @@ def _backward(
             tl.store(sums_ptr + WIDTH, tl.sum(dbias, 0)[None, :], inside)
 
 
-def swiglu(gate: Tensor, up: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-    y, (mean, rstd) = gate.new_empty(gate.shape), _statistics(gate, weight)
-    _launch_forward(_rows(gate), _rows(up), weight, bias, y, mean, rstd, eps, gate.shape[-1])
-    return y, mean, rstd
-
-
-def swiglu_backward(dy, gate, up, weight, mean, rstd, bias: bool):
-    dgate, dup, weights = gate.new_empty(gate.shape), up.new_empty(up.shape), _gradients(gate, weight, bias)
-    _launch_backward(
-        *(_rows(dy), _rows(gate), _rows(up), weight, mean, rstd, _rows(dgate), _rows(dup), *weights, gate.shape[-1]),
-    )
-    return dgate, dup, *weights
-
-
-def swiglu_packed(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, width: int):
-    y = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-    gate, up = _rows(gate_up).chunk(2, -1)
-    mean, rstd = _statistics(gate_up, weight)
-    _launch_forward(gate, up, weight, bias, y, mean, rstd, eps, width)
-    return y, mean, rstd
-
-
-def swiglu_packed_backward(dy, gate_up, weight, mean, rstd, bias: bool, width: int):
-    dgate_up, weights = gate_up.new_empty(gate_up.shape), _gradients(gate_up, weight, bias)
-    (gate, up), (dgate, dup) = _rows(gate_up).chunk(2, -1), _rows(dgate_up).chunk(2, -1)
-    _launch_backward(_rows(dy), gate, up, weight, mean, rstd, dgate, dup, *weights, width)
-    return dgate_up, *weights
-
-
-def _statistics(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape = x.shape[:-1] if weight is not None else (0,)
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
-
-
-def _gradients(x: Tensor, weight: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
-    """Those of the weight and the bias; empty where they are not wanted."""
-    like = weight if weight is not None else x.new_empty(0)
-    return like.new_empty(like.shape), like.new_empty(like.shape if bias else (0,))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(rows, columns) with neighbouring columns side by side; copied where no view of `x` is so."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _pitches(*rows: Tensor) -> tuple[int, list[int]]:
     """From row to row: the unit, of up to 8 elements, that vectors may have, and each tensor's number of units."""
     unit = math.gcd(8, *(x.stride(0) for x in rows))
@@ -253,3 +207,6 @@ def _launch_backward(dy, gate, up, weight, mean, rstd, dgate, dup, dweight, dbia
     )
     if partial is not None:
         tiles.add_up(partial, *gradients)
+
+
+swiglu, swiglu_backward, swiglu_packed, swiglu_packed_backward = operators(_launch_forward, _launch_backward)
