@@ -226,7 +226,8 @@ EK_DEVICE std::uint32_t pack2(float low, float high) {
 }
 
 // The sum over a whole warp, bitwise the same in every lane.
-EK_DEVICE float warp_sum(float x) {
+template <class T>
+EK_DEVICE T warp_sum(T x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
   return x;

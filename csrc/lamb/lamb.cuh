@@ -35,18 +35,11 @@ struct LambStorage {
   double sums[2][kLambWarps];
 };
 
-template <class T>
-EK_DEVICE T lamb_warp_sum(T x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
-
 // Sums two numbers over the block; the same order, so the same bits, in every thread and block. Once per kernel.
 template <class T>
 EK_DEVICE void lamb_block_sum(T a, T b, double& sum_a, double& sum_b) {
   LambStorage& shared = shared_storage<LambStorage>();
-  a = lamb_warp_sum(a), b = lamb_warp_sum(b);
+  a = warp_sum(a), b = warp_sum(b);
   if (threadIdx.x % 32 == 0) shared.sums[0][threadIdx.x / 32] = a, shared.sums[1][threadIdx.x / 32] = b;
   __syncthreads();
   sum_a = 0, sum_b = 0;

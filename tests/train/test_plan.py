@@ -14,8 +14,11 @@ from evaclip import flops, memory
 from evaclip.cli import main
 from evaclip.gpus import GPUS, gpu_of
 from evaclip.models import configure, create_model
+from evaclip.models.config import HEAD_DIMS
 from evaclip.plan import Job, Planning, Way, best, estimate, jobs, options, parts, planned, report, total
 from evaclip.train.recipe import Data, Model, Recipe, RecipeError, Schedule, load_recipe
+from evakernels.ops import attention
+from evakernels.ops.contrastive import ranks, reference
 
 BATCH = 16
 MODELS = ["EVA01-CLIP-tiny", "EVA01-CLIP-tiny-layerscale", "EVA02-CLIP-tiny", "EVA-CLIP-tiny", "EVA-CLIP-tiny-postnorm"]
@@ -163,6 +166,11 @@ def test_the_loss_of_many_ranks_is_linear_in_the_batch():
     features, gradients, chunks = 4 * b * ranks * width, 8 * b * width, 8 * ranks * b * width
     assert line == features + gradients + chunks + 8 * 1024**2 + 20 * 1024 * width + 32 * (b * ranks + b)
     assert memory.loss(config, 300, 360) < 2 * line  # a grid: not 360 / 64 times as much
+
+
+def test_what_the_formulas_take_from_the_kernels_is_theirs():
+    assert memory.ALIGNMENT == ek.nn.ALIGNMENT and HEAD_DIMS == attention.HEAD_DIMS
+    assert (memory.TILE, memory.LINE) == (reference.TILE, ranks.LINE)
 
 
 def test_flop_are_those_of_open_clips_profile():
