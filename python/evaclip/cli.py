@@ -1,10 +1,12 @@
 """The command line: evaclip train | eval | convert | export | data | plot | plan | models."""
 
+import atexit
+import os
 import sys
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -29,7 +31,7 @@ from evaclip.train.scale import tiny
 from evaclip.train.showcase import show_digits
 from evaclip.train.trainer import Trainer
 from evaclip.weights.convert import SHARD_SIZE, Dialect, convert
-from evaclip.weights.export import export, exported
+from evaclip.weights.export import OPEN_CLIP, export, exported
 from evaclip.weights.load import Part
 from evaclip.weights.resize import Resize
 
@@ -73,9 +75,25 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output has left; nor can what is buffered be written at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError, DataError, checkpoint.CheckpointError, RankError) as error:
         print(f"evaclip {arguments[0]}: {error}", file=sys.stderr)
         return 2
+
+
+def command() -> NoReturn:
+    """What the shell calls: `main`, and the end of the process."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # A thread of gloo's that lets its last tensor go while the interpreter is taken down aborts the process
+        # (github.com/pytorch/pytorch/pull/179291): a run that has finished would seem to have failed.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def train(arguments: list[str]) -> int:
@@ -95,7 +113,9 @@ def train(arguments: list[str]) -> int:
     recipe = load_recipe(str(run / "recipe.json") if run else name) if name else Recipe()
     if scale:
         recipe = tiny(recipe)
-    recipe = _parse(Recipe, f"evaclip train {name or 'RECIPE'}", rest, recipe)
+    before, recipe = recipe, _parse(Recipe, f"evaclip train {name or 'RECIPE'}", rest, recipe)
+    if run and (recipe.name, recipe.run.output) != (before.name, before.run.output):
+        raise RecipeError(f"{run} is continued where it is; leave out --name and --run.output")
     if any(argument.split("=")[0] == "--data.source" for argument in rest):  # also where it is the default
         recipe = replace(recipe, data=replace(recipe.data, mixture=()))
     if not name:
@@ -116,6 +136,8 @@ def train(arguments: list[str]) -> int:
     folder = trainer.folder
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f"continues at step {trainer.step}" if resume else "starts"
+    if trainer.step >= recipe.steps:
+        start = f"is at step {trainer.step} already, so that none of {recipe.steps:,} steps is left"
     on = f"{ranks.world} x {trainer.device.type}" if ranks.world > 1 else str(trainer.device)
     if ranks.first:
         print(f"{recipe.model.name}, {parameters:,} parameters, on {on}; {folder} {start}", flush=True)
@@ -237,9 +259,9 @@ def evaluate(arguments: list[str]) -> int:
             batch_size=options.batch_size,
         )
     output = options.output or Path(name) / f"eval-{Path(options.data).stem}.json"
+    write_json(results, output)
     for what, values in results.items():
         print_results({metric: {what: value} for metric, value in values.items()})
-    write_json(results, output)
     print(f"written to {output}")
     return 0
 
@@ -301,6 +323,8 @@ def export_folder(arguments: list[str]) -> int:
     model = create_model(options.model, device="meta") if options.model else None
     files = export(source, folder, model=model, dtype=getattr(torch, options.dtype) if options.dtype else None)
     print(f"written to {folder}: {', '.join(file.name for file in files)}")
+    if not any(file.name == OPEN_CLIP for file in files):
+        print("for evaclip: open_clip takes image towers from timm, which has none like it, or only CLIP's tokenizer")
     return 0
 
 
@@ -352,4 +376,4 @@ def _parse(kind: type, prog: str, arguments: list[str], default: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,6 +153,28 @@ def test_options_that_fail_at_once_are_not_kept(run, tmp_path, monkeypatch):
     assert (run / "recipe.json").read_bytes() == before
     assert main([*further, "--run.keep", "8"]) == 0
     assert json.loads((run / "recipe.json").read_text())["run"]["keep"] == 8
+
+
+@pytest.mark.parametrize("option", [("--name", "other"), ("--run.output", "elsewhere")])
+def test_a_run_is_continued_where_it_is(option, run, capsys):
+    before = (run / "recipe.json").read_bytes()
+    assert main(["train", str(run), *option, "--schedule.steps", "9"]) == 2
+    assert "is continued where it is; leave out --name and --run.output" in capsys.readouterr().err
+    assert (run / "recipe.json").read_bytes() == before
+
+
+def test_a_run_that_is_past_its_steps_says_so(run, capsys):
+    assert main(["train", str(run), "--schedule.steps", "1", "--schedule.warmup", "0"]) == 0
+    assert "is at step 2 already, so that none of 1 steps is left" in capsys.readouterr().out
+
+
+def test_results_are_written_though_nobody_reads_the_tables(run, tmp_path):
+    output = tmp_path / "results.json"
+    command = [sys.executable, "-m", "evaclip.cli", "eval", str(run), "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(120) in (1, 141) and process.stderr.read() == ""  # 1: rich says so
+    assert "retrieval" in json.loads(output.read_text())
 
 
 def test_a_checkpoint_folder_is_no_run(run, capsys):

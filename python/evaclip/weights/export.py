@@ -21,7 +21,7 @@ from evaclip.weights.load import read_pieces
 if TYPE_CHECKING:
     from evaclip.train.recipe import Recipe
 
-CONFIG = "config.json"
+CONFIG, OPEN_CLIP = "config.json", "open_clip_config.json"
 # Whose image towers timm has, under which name; open_clip builds them from it.
 TIMM = {
     "EVA01-CLIP-g-14": "eva_giant_patch14_clip_224",
@@ -83,7 +83,7 @@ def export(
     if tokenizer == "clip" and config.vision.channels == 3:
         texts["preprocessor_config.json"] = _preprocessor(config.vision)
     if trunk:
-        texts["open_clip_config.json"] = _open_clip(config, trunk)
+        texts[OPEN_CLIP] = _open_clip(config, trunk)
     if recipe:
         texts["recipe.json"] = dataclasses.asdict(recipe)
     parameters = sum(tensor.numel for tensor in tensors.values())
