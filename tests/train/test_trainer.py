@@ -314,12 +314,13 @@ def test_a_truncated_checkpoint_is_named_and_changes_nothing(tmp_path):
     trainer = Trainer(tiny(), tmp_path)
     trainer.run()
     folder = checkpoint.latest(tmp_path)
-    state = folder / "trainer.pt"
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(checkpoint.CheckpointError, match=r"trainer\.pt cannot be read"):
-        Trainer(tiny(), tmp_path, resume=True)
-    model = folder / "model.safetensors"
+    model, state = folder / "model.safetensors", folder / "trainer.pt"
     model.write_bytes(model.read_bytes()[:-100])
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors: truncated.*; move .*00000006 away to"):
+        Trainer(tiny(), tmp_path, resume=True)
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(checkpoint.CheckpointError, match=r"trainer\.pt cannot be read.*; move .*00000006 away to"):
+        Trainer(tiny(), tmp_path, resume=True)
     import evaclip
 
     with pytest.raises(ValueError, match=r"model\.safetensors"):

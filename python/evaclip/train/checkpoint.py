@@ -24,6 +24,7 @@ from evaclip.models.clip import CLIP
 from evaclip.models.parts import part_of
 from evaclip.train.ranks import Ranks
 from evaclip.train.recipe import Recipe, save_recipe
+from evaclip.weights.files import UnreadableError
 
 WEIGHTS, SHARDS, TRAINER = "model.safetensors", "shards", "trainer.pt"
 
@@ -102,7 +103,7 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
     """Load a checkpoint, at any number of processes; returns the trainer's counters and random states.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or was written by a run that keeps its parameters otherwise.
+        CheckpointError: a file is missing or truncated.
     """
     state = load_trainer(folder)
     if (folder / SHARDS).is_dir():
@@ -110,10 +111,13 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
         try:
             dcp.load(states, checkpoint_id=folder / SHARDS)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}; an older one may be whole") from error
+            raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}; {_without(folder)}") from error
         set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     else:
-        load_checkpoint(model, folder / WEIGHTS)
+        try:
+            load_checkpoint(model, folder / WEIGHTS)
+        except UnreadableError as error:
+            raise CheckpointError(f"{error}; {_without(folder)}") from error
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, values in state["optimizer"]["state"].items():
             for key, value in values.items():
@@ -121,6 +125,10 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
                     values[key] = part_of(value, parameters[number])
         optimizer.load_state_dict(state["optimizer"])
     return state
+
+
+def _without(folder: Path) -> str:
+    return f"move {folder} away to continue from the one before it"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -160,6 +168,4 @@ def load_trainer(folder: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this checkpoint can be evaluated, but not continued") from None
     except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read, it may be truncated ({error}); an older one may be whole"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read, it may be truncated ({error}); {_without(folder)}") from error

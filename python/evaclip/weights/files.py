@@ -40,6 +40,10 @@ OPAQUE = (
 )
 
 
+class UnreadableError(ValueError):
+    """A file of weights that is truncated, damaged, or holds other things than tensors; the message names it."""
+
+
 class Opaque:
     """In place of an object that nobody reads; takes whatever it is given and keeps none of it."""
 
@@ -155,7 +159,7 @@ def _open_safetensors(path: Path) -> dict[str, Lazy]:
             shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
             dtypes = {key: (part[:0] if shapes[key] else file.get_tensor(key)).dtype for key, part in parts.items()}
     except Exception as error:  # of the file's own kinds
-        raise ValueError(f"cannot read {path}: truncated, damaged or not a file of tensors ({error})") from error
+        raise UnreadableError(f"cannot read {path}: truncated, damaged or not a file of tensors ({error})") from error
 
     def read(key: str) -> Tensor:
         with safe_open(path, "pt") as file:  # opened anew, so that pages already read may leave memory
@@ -190,7 +194,9 @@ def load_plain(path: Path) -> Any:
                 f"it pickles a {named[1]}, and no code of a file is run; if you trust it, save its weights alone: "
                 "torch.save(torch.load(path, weights_only=False)['...'], 'weights.pt')"
             )
-        raise ValueError(f"cannot read {path}: truncated, damaged or not a file of tensors alone ({reason})") from error
+        raise UnreadableError(
+            f"cannot read {path}: truncated, damaged or not a file of tensors alone ({reason})"
+        ) from error
 
 
 def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
