@@ -324,7 +324,7 @@ def export_folder(arguments: list[str]) -> int:
     files = export(source, folder, model=model, dtype=getattr(torch, options.dtype) if options.dtype else None)
     print(f"written to {folder}: {', '.join(file.name for file in files)}")
     if not any(file.name == OPEN_CLIP for file in files):
-        print("for evaclip: open_clip takes image towers from timm, which has none like it, or only CLIP's tokenizer")
+        print("open_clip cannot load it: timm has no such image tower, or the tokenizer is not CLIP's")
     return 0
 
 

@@ -177,6 +177,12 @@ def test_results_are_written_though_nobody_reads_the_tables(run, tmp_path):
     assert "retrieval" in json.loads(output.read_text())
 
 
+def test_a_state_of_other_parameters_is_refused(run, tmp_path, capsys):
+    run = shutil.copytree(run, tmp_path / "run")
+    assert main(["train", str(run), "--loss.fixed-logit-scale", "50", "--schedule.steps", "9"]) == 2
+    assert "load the state of the same model" in capsys.readouterr().err
+
+
 def test_a_checkpoint_folder_is_no_run(run, capsys):
     before = sorted(run.rglob("*"))
     assert main(["train", str(run / "checkpoints" / "step-00000002")]) == 2

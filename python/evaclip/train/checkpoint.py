@@ -119,10 +119,11 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
         except UnreadableError as error:
             raise CheckpointError(f"{error}; {_without(folder)}") from error
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for number, values in state["optimizer"]["state"].items():
+        for number, parameter in enumerate(parameters):
+            values = state["optimizer"]["state"].get(number, {})
             for key, value in values.items():
-                if value.shape == parameters[number].shape:
-                    values[key] = part_of(value, parameters[number])
+                if value.shape == parameter.shape:
+                    values[key] = part_of(value, parameter)
         optimizer.load_state_dict(state["optimizer"])
     return state
 
