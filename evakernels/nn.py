@@ -173,14 +173,15 @@ def joined(*linears: nn.Linear, padding: int = 0) -> tuple[Tensor, Tensor | None
     """Weight and bias of one Linear that computes what these do, one after the other, with so many zeros after each."""
     if len(linears) == 1 and not padding:
         return linears[0].weight, linears[0].bias
+    has_bias = any(linear.bias is not None for linear in linears)
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for linear in linears:
-        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        zeros = linear.weight.new_zeros(padding, linear.in_features)
-        weights += [linear.weight, zeros] if padding else [linear.weight]
-        biases += [bias, zeros[:, 0]] if padding else [bias]
-    has_bias = any(linear.bias is not None for linear in linears)
+        pad = [linear.weight.new_zeros(padding, linear.in_features)] if padding else []
+        weights += [linear.weight, *pad]
+        if has_bias:
+            bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+            biases += [bias, *(zeros[:, 0] for zeros in pad)]
     return torch.cat(weights), torch.cat(biases) if has_bias else None
 
 

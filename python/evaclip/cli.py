@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -71,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\nevaclip: no command {arguments[0]!r}", file=sys.stderr)
         return 0 if asked_for_help else 2
     try:
-        return commands[arguments[0]](arguments[1:])
+        code = commands[arguments[0]](arguments[1:])
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -90,8 +93,9 @@ def command() -> NoReturn:
         # A thread of gloo's that lets its last tensor go while the interpreter is taken down aborts the process
         # (github.com/pytorch/pytorch/pull/179291): a run that has finished would seem to have failed.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -175,6 +176,14 @@ def test_results_are_written_though_nobody_reads_the_tables(run, tmp_path):
     process.stdout.close()
     assert process.wait(120) in (1, 141) and process.stderr.read() == ""  # 1: rich says so
     assert "retrieval" in json.loads(output.read_text())
+
+
+def test_a_reader_that_has_left_is_no_error():
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "evaclip.cli", "models"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process.stdout.close()
+    assert process.wait(120) == 141 and process.stderr.read() == ""
 
 
 def test_a_state_of_other_parameters_is_refused(run, tmp_path, capsys):

@@ -316,10 +316,10 @@ def test_a_truncated_checkpoint_is_named_and_changes_nothing(tmp_path):
     folder = checkpoint.latest(tmp_path)
     model, state = folder / "model.safetensors", folder / "trainer.pt"
     model.write_bytes(model.read_bytes()[:-100])
-    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors: truncated.*; move .*00000006 away to"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors: truncated.*; an older one may be whole"):
         Trainer(tiny(), tmp_path, resume=True)
     state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(checkpoint.CheckpointError, match=r"trainer\.pt cannot be read.*; move .*00000006 away to"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"trainer\.pt cannot be read.*; an older one may be whole"):
         Trainer(tiny(), tmp_path, resume=True)
     import evaclip
 

@@ -111,13 +111,13 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
         try:
             dcp.load(states, checkpoint_id=folder / SHARDS)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}; {_without(folder)}") from error
+            raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}; an older one may be whole") from error
         set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     else:
         try:
             load_checkpoint(model, folder / WEIGHTS)
         except UnreadableError as error:
-            raise CheckpointError(f"{error}; {_without(folder)}") from error
+            raise CheckpointError(f"{error}; an older one may be whole") from error
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, parameter in enumerate(parameters):
             values = state["optimizer"]["state"].get(number, {})
@@ -126,10 +126,6 @@ def load(folder: Path, model: CLIP, optimizer: Optimizer) -> dict:
                     values[key] = part_of(value, parameter)
         optimizer.load_state_dict(state["optimizer"])
     return state
-
-
-def _without(folder: Path) -> str:
-    return f"move {folder} away to continue from the one before it"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -169,4 +165,6 @@ def load_trainer(folder: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this checkpoint can be evaluated, but not continued") from None
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read, it may be truncated ({error}); {_without(folder)}") from error
+        raise CheckpointError(
+            f"{path} cannot be read, it may be truncated ({error}); an older one may be whole"
+        ) from error

@@ -1,6 +1,7 @@
 """Who writes a run's checkpoints: the trainer itself, or a thread while it trains on."""
 
 from concurrent import futures
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ class Writer:
     def _write(self, run: Path, state: dict[str, Any]) -> None:
         checkpoint.save(run, self.recipe, state, self.ranks)
         if self.ranks.world > 1 and self.ranks.first:  # where a process dies, NCCL leaves the others no last word
-            print(f"saved {checkpoint.latest(run)}", flush=True)
+            with suppress(OSError):  # the checkpoint is whole though nobody reads of it
+                print(f"saved {checkpoint.latest(run)}", flush=True)
 
     @property
     def failed(self) -> bool:
