@@ -135,8 +135,8 @@ def test_a_job_that_torchrun_restarts_goes_on_by_itself(tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(
         """
-import os, signal, sys
-from evaclip.cli import main
+import os, signal
+from evaclip.cli import command
 from evaclip.train.trainer import Trainer
 
 step = Trainer.train_step
@@ -147,7 +147,7 @@ def dying(self):
     return step(self)
 
 Trainer.train_step = dying
-sys.exit(main(sys.argv[1:]))
+command()
 """
     )
     (tmp_path / "runs/digits").mkdir(parents=True)
