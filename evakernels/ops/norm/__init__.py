@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from evakernels.dispatch import define
 from evakernels.ops import checks
+from evakernels.ops.norm.buffers import statistics
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -208,11 +209,6 @@ class _NormAdd(torch.autograd.Function):
         )
 
 
-def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
-    acc = checks.accumulator(x.dtype)
-    return x.new_empty((0,) if rms else x.shape[:-1], dtype=acc), x.new_empty(x.shape[:-1], dtype=acc)
-
-
 def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
@@ -225,7 +221,7 @@ _norm_op = define(
     "norm",
     "norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms, ScalarType dtype)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
-    lambda x, weight, bias, eps, rms, dtype: (_empty_like(x, dtype), *_statistics(x, rms)),
+    lambda x, weight, bias, eps, rms, dtype: (_empty_like(x, dtype), *statistics(x, rms)),
 )
 _norm_backward = define(
     "norm",
@@ -239,7 +235,7 @@ _add_norm = define(
     " Tensor? layer_scale, Tensor? row_scale, ScalarType dtype) -> (Tensor sum, Tensor y, Tensor mean, Tensor rstd)",
     lambda residual, branch, weight, bias, eps, rms, layer_scale, row_scale, dtype: (
         *(_empty_like(residual), _empty_like(residual, dtype)),
-        *_statistics(residual, rms),
+        *statistics(residual, rms),
     ),
 )
 # Where nothing scales the branch and its dtype is the sum's, its gradient is the residual's and `dbranch` is empty.
@@ -264,7 +260,7 @@ _norm_add = define(
     " Tensor? layer_scale, Tensor? row_scale) -> (Tensor out, Tensor mean, Tensor rstd)",
     lambda residual, branch, weight, bias, eps, rms, layer_scale, row_scale: (
         _empty_like(residual),
-        *_statistics(branch, rms),
+        *statistics(branch, rms),
     ),
 )
 _norm_add_backward = define(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from evakernels import native
+from evakernels.ops.norm import buffers
 
 NORM, ADD_NORM, NORM_ADD = range(3)  # `enum class NormKind` of csrc/norm/norm.hpp
 
@@ -28,13 +29,13 @@ def refuses(op: str, *args) -> str | None:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, dtype: torch.dtype):
-    y, statistics = x.new_empty(x.shape, dtype=dtype), _statistics(x, rms)
+    y, statistics = x.new_empty(x.shape, dtype=dtype), buffers.statistics(x, rms)
     _forward(NORM, x.dtype, dtype, _ready(x), None, weight, bias, None, None, y, None, *statistics, eps, rms)
     return y, *statistics
 
 
 def add_norm(residual, branch, weight, bias, eps, rms, layer_scale, row_scale, dtype):
-    total, statistics = residual.new_empty(residual.shape), _statistics(residual, rms)
+    total, statistics = residual.new_empty(residual.shape), buffers.statistics(residual, rms)
     y = residual.new_empty(residual.shape, dtype=dtype)
     _forward(
         *(ADD_NORM, residual.dtype, dtype, _ready(branch, dtype), _ready(residual)),
@@ -44,7 +45,7 @@ def add_norm(residual, branch, weight, bias, eps, rms, layer_scale, row_scale, d
 
 
 def norm_add(residual, branch, weight, bias, eps, rms, layer_scale, row_scale):
-    out, statistics = residual.new_empty(residual.shape), _statistics(branch, rms)
+    out, statistics = residual.new_empty(residual.shape), buffers.statistics(branch, rms)
     _forward(
         *(NORM_ADD, residual.dtype, branch.dtype, _ready(branch), _ready(residual)),
         *(weight, bias, layer_scale, row_scale, None, out, *statistics, eps, rms),
@@ -102,11 +103,6 @@ def _dtypes(op: str, args: tuple) -> tuple[torch.dtype, torch.dtype]:
             return args[0].dtype, args[1].dtype
 
 
-def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1]
-    return x.new_empty((0,) if rms else rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-
-
 def _ready(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """Contiguous, of this dtype, and at a multiple of 16 bytes; copied where it is not."""
     if x is None:
@@ -119,12 +115,6 @@ def _codes(*columns: Tensor | None) -> list[int]:
     return [0 if c is None else native.DTYPES[c.dtype] for c in columns]
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    """Rows, rows of a sample, and the row length."""
-    rows = x.numel() // x.shape[-1]
-    return rows, max(1, rows // max(1, x.shape[0])) if x.dim() > 1 else 1, x.shape[-1]
-
-
 def _forward(kind, wide, narrow, x, residual, weight, bias, layer_scale, row_scale, y, total, mean, rstd, eps, rms):
     if not x.numel():
         return
@@ -132,7 +122,7 @@ def _forward(kind, wide, narrow, x, residual, weight, bias, layer_scale, row_sca
     native.call(
         *("norm_forward", x, kind, native.DTYPES[wide], native.DTYPES[narrow], x, residual),
         *(weight, bias, layer_scale, _row_scale(row_scale), *_codes(weight, bias, layer_scale)),
-        *(y, total, mean, rstd, *_sizes(x), eps, rms, native.multiprocessors(x.device)),
+        *(y, total, mean, rstd, *buffers.sizes(x), eps, rms, native.multiprocessors(x.device)),
     )
 
 
@@ -140,7 +130,7 @@ def _backward(
     kind, wide, narrow, dy, dsum, x, branch, weight, bias, layer_scale, row_scale, mean, rstd,
     dx, dbranch, dweight, dbias, dscale,
 ):  # fmt: skip
-    rows, _, width = sizes = _sizes(x)
+    rows, _, width = sizes = buffers.sizes(x)
     if not x.numel():
         for gradient in (dweight, dbias, dscale):
             if gradient is not None:

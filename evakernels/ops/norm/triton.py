@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evakernels import jit, native
 from evakernels.ops import rows as tiles
+from evakernels.ops.norm import buffers
 from evakernels.ops.rows import inverse_root, of_columns, of_rows, row_mean
 
 SUMMED = 8192  # columns of a row whose two sums the registers of 16 warps hold; half of it with a third, for the scale
@@ -150,20 +151,20 @@ def _backward(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, dtype: torch.dtype):
-    y, statistics = x.new_empty(x.shape, dtype=dtype), _statistics(x, rms)
+    y, statistics = x.new_empty(x.shape, dtype=dtype), buffers.statistics(x, rms)
     _launch_forward("norm", x, None, weight, bias, None, None, y, None, *statistics, eps)
     return y, *statistics
 
 
 def add_norm(residual, branch, weight, bias, eps, rms, layer_scale, row_scale, dtype):
-    total, statistics = residual.new_empty(residual.shape), _statistics(residual, rms)
+    total, statistics = residual.new_empty(residual.shape), buffers.statistics(residual, rms)
     y = residual.new_empty(residual.shape, dtype=dtype)
     _launch_forward("add_norm", branch, residual, weight, bias, layer_scale, row_scale, y, total, *statistics, eps)
     return total, y, *statistics
 
 
 def norm_add(residual, branch, weight, bias, eps, rms, layer_scale, row_scale):
-    out, statistics = residual.new_empty(residual.shape), _statistics(residual, rms)
+    out, statistics = residual.new_empty(residual.shape), buffers.statistics(residual, rms)
     _launch_forward("norm_add", branch, residual, weight, bias, layer_scale, row_scale, None, out, *statistics, eps)
     return out, *statistics
 
@@ -194,11 +195,6 @@ def norm_add_backward(dout, branch, weight, bias, mean, rstd, layer_scale, row_s
     return dbranch, *weights
 
 
-def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1]
-    return x.new_empty((0,) if rms else rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-
-
 def _gradients(weight: Tensor, bias: bool, layer_scale: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Those of the weight, the bias and the layer scale; empty where they are not wanted."""
     width = weight.shape
@@ -206,14 +202,8 @@ def _gradients(weight: Tensor, bias: bool, layer_scale: Tensor | None, rstd: Ten
     return weight.new_empty(width), weight.new_empty(width if bias else (0,)), dscale
 
 
-def _sizes(x: Tensor) -> tuple[int, int]:
-    """Rows, and rows of a sample."""
-    rows = x.numel() // x.shape[-1]
-    return rows, max(1, rows // max(1, x.shape[0])) if x.dim() > 1 else 1
-
-
 def _launch_forward(kind, x, residual, weight, bias, layer_scale, row_scale, y, total, mean, rstd, eps: float) -> None:
-    (rows, rows_per_sample), width = _sizes(x), x.shape[-1]
+    rows, rows_per_sample, width = buffers.sizes(x)
     tile = tiles.forward_tiles(rows, width)
     jit.launch(
         _forward,
@@ -232,7 +222,7 @@ def _launch_backward(
     kind, dy, dsum, x, branch, weight, bias, layer_scale, row_scale, mean, rstd, dx, dbranch, dweight, dbias, dscale
 ) -> None:
     gradients = [g for g in (dweight, dbias, dscale) if g.numel()]
-    (rows, rows_per_sample), width = _sizes(x), x.shape[-1]
+    rows, rows_per_sample, width = buffers.sizes(x)
     if not rows:
         for gradient in gradients:
             gradient.zero_()

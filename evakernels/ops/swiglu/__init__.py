@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from evakernels.dispatch import define
 from evakernels.ops import checks
+from evakernels.ops.swiglu.buffers import statistics, weight_gradients
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -142,21 +143,11 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _statistics(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape, acc = x.shape[:-1] if weight is not None else (0,), checks.accumulator(x.dtype)
-    return x.new_empty(shape, dtype=acc), x.new_empty(shape, dtype=acc)
-
-
-def _weight_gradients(x: Tensor, weight: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
-    like = weight if weight is not None else x.new_empty(0)
-    return _empty_like(like), _empty_like(like) if bias else like.new_empty(0)
-
-
 # Without a weight there is no norm: statistics and weight gradients are then empty.
 _swiglu = define(
     "swiglu",
     "swiglu(Tensor gate, Tensor up, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-    lambda gate, up, weight, bias, eps: (_empty_like(gate), *_statistics(gate, weight)),
+    lambda gate, up, weight, bias, eps: (_empty_like(gate), *statistics(gate, weight)),
 )
 _swiglu_backward = define(
     "swiglu",
@@ -164,7 +155,7 @@ _swiglu_backward = define(
     " -> (Tensor dgate, Tensor dup, Tensor dweight, Tensor dbias)",
     lambda dy, gate, up, weight, mean, rstd, bias: (
         *(_empty_like(gate), _empty_like(up)),
-        *_weight_gradients(gate, weight, bias),
+        *weight_gradients(gate, weight, bias),
     ),
 )
 _swiglu_packed = define(
@@ -173,7 +164,7 @@ _swiglu_packed = define(
     " -> (Tensor y, Tensor mean, Tensor rstd)",
     lambda gate_up, weight, bias, eps, width: (
         gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
-        *_statistics(gate_up, weight),
+        *statistics(gate_up, weight),
     ),
 )
 _swiglu_packed_backward = define(
@@ -182,6 +173,6 @@ _swiglu_packed_backward = define(
     " SymInt width) -> (Tensor dgate_up, Tensor dweight, Tensor dbias)",
     lambda dy, gate_up, weight, mean, rstd, bias, width: (
         _empty_like(gate_up),
-        *_weight_gradients(gate_up, weight, bias),
+        *weight_gradients(gate_up, weight, bias),
     ),
 )

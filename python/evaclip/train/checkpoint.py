@@ -45,8 +45,11 @@ def state_of(model: nn.Module, optimizer: Optimizer, trainer: dict, ranks: Ranks
     return {"trainer": trainer | {"optimizer": optimizer.state_dict()}, "weights": model.state_dict()}
 
 
-def save(run: Path, recipe: Recipe, state: dict[str, Any], ranks: Ranks) -> None:
+def save(run: Path, recipe: Recipe, state: dict[str, Any], ranks: Ranks) -> Path:
     """Write the checkpoint of a `state_of` and drop all but the newest ones; all processes of a run must call.
+
+    Returns:
+        its folder.
 
     Raises:
         CheckpointError: it could not be written (the disk is full, say); the ones before are untouched.
@@ -88,6 +91,7 @@ def save(run: Path, recipe: Recipe, state: dict[str, Any], ranks: Ranks) -> None
             error = f"{folder} could not be written: {problem}; the checkpoints before it are whole"
         if words := ranks.told(error):
             raise CheckpointError(words)
+    return folder
 
 
 def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -42,9 +42,9 @@ def shard(model: CLIP, compute: Compute, ranks: Ranks, device: torch.device) -> 
     """
     if ranks.group is None or compute.parallel == "ddp":
         return
-    shard = compute.shard or ranks.world
-    copies = ranks.world // shard
-    shape, names = ((copies, shard), ("copies", "shards")) if copies > 1 else ((shard,), ("shards",))
+    parts = compute.shard or ranks.world
+    copies = ranks.world // parts
+    shape, names = ((copies, parts), ("copies", "shards")) if copies > 1 else ((parts,), ("shards",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = compute.half if compute.autocasts else None
     options: dict[str, Any] = {

@@ -45,10 +45,10 @@ class Writer:
             self.pending = self.pool.submit(self._write, run, _copied(state))
 
     def _write(self, run: Path, state: dict[str, Any]) -> None:
-        checkpoint.save(run, self.recipe, state, self.ranks)
+        folder = checkpoint.save(run, self.recipe, state, self.ranks)
         if self.ranks.world > 1 and self.ranks.first:  # where a process dies, NCCL leaves the others no last word
             with suppress(OSError):  # the checkpoint is whole though nobody reads of it
-                print(f"saved {checkpoint.latest(run)}", flush=True)
+                print(f"saved {folder}", flush=True)
 
     @property
     def failed(self) -> bool:
